@@ -1,0 +1,68 @@
+package image
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/backstay/backstay/internal/fault"
+)
+
+// OpenParent opens the image that another image's header names as its parent.
+// The name is hostile; format is what the child says its parent to be, and
+// empty where it says nothing, in which case only the caller's own word, never
+// the file's content, may settle it. An Image that was opened with a parent
+// owns it and closes it.
+type OpenParent func(name string, format Format) (Image, error)
+
+// MaxDepth is how many parents a chain may have.
+const MaxDepth = 200
+
+// Parents makes the OpenParent of the image in top: every name goes to r, and
+// what r gives goes to open, together with the OpenParent of that file; where
+// open returns an error, the file is closed here. A chain deeper than MaxDepth
+// and one that comes back to a file it holds already are refused as damage.
+func Parents(top File, r Resolver, open func(f File, format Format, parent OpenParent) (Image, error)) OpenParent {
+	if r == nil {
+		r = None
+	}
+	return parents([]File{top}, r, open)
+}
+
+func parents(chain []File, r Resolver, open func(File, Format, OpenParent) (Image, error)) OpenParent {
+	return func(name string, format Format) (Image, error) {
+		child := chain[len(chain)-1].Name()
+		if len(chain) > MaxDepth {
+			return nil, fault.Corrupt(child, -1, "the chain has more than %d parents", MaxDepth)
+		}
+		f, err := r.Resolve(name)
+		if err != nil {
+			return nil, err
+		}
+		for _, g := range chain {
+			if sameFile(f, g) {
+				f.Close()
+				return nil, fault.Corrupt(child, -1, "its parent %q is in the chain already", name)
+			}
+		}
+		img, err := open(f, format, parents(append(chain[:len(chain):len(chain)], f), r, open))
+		if err != nil {
+			f.Close()
+			return nil, fmt.Errorf("parent %q: %w", name, err)
+		}
+		return img, nil
+	}
+}
+
+// sameFile compares what the files are, not what they are called. Files that
+// cannot say are taken for different; MaxDepth ends their loops.
+func sameFile(a, b File) bool {
+	type stater interface{ Stat() (os.FileInfo, error) }
+	x, okx := a.(stater)
+	y, oky := b.(stater)
+	if !okx || !oky {
+		return false
+	}
+	i, erri := x.Stat()
+	j, errj := y.Stat()
+	return erri == nil && errj == nil && os.SameFile(i, j)
+}
