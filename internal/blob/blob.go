@@ -1,8 +1,9 @@
 // Package blob says what a store is: a place for named opaque objects.
 //
 // Names are slash-separated paths of [a-z0-9.-] segments, chosen by the
-// repository and never by a user or a guest. blob/blobtest holds the
-// conformance suite that every implementation passes.
+// repository and never by a user or a guest; CheckName has the rule. No name
+// is the directory of another: beside "a/b" there is no "a". blob/blobtest
+// holds the conformance suite that every implementation passes.
 package blob
 
 import (
