@@ -1,0 +1,268 @@
+// Package vhd reads and writes VHD, the image format of Virtual PC and of
+// Hyper-V's first generation: fixed, dynamic and differencing disks.
+//
+//	fixed:    data | footer
+//	others:   footer copy | dynamic header | table | blocks | footer
+//	block:    bitmap of its sectors | data
+//
+// All numbers are big-endian, the table counts in sectors of 512 bytes, and a
+// checksum is a complemented sum of bytes.
+package vhd
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"strings"
+
+	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
+)
+
+// Image is a VHD, opened read-only.
+type Image struct {
+	file     image.File
+	footer   footer
+	header   header // unless fixed
+	names    []string
+	warnings []string
+
+	dataEnd     int64 // blocks end here at the latest
+	atEnd       bool  // the footer at the end is good, so a block that ends there is whole
+	bitmapBytes int64 // before every block
+	pages       *layer.Pages
+	disk        layer.Disk
+}
+
+var _ image.Image = (*Image)(nil)
+
+// Open opens a VHD. The parent of a differencing disk comes from parent, by
+// the names that the header gives, relative ones first, until one has the
+// right identity; if parent is nil a differencing disk gives ErrNotAllowed.
+// The Image owns f and its parent; where Open fails, f is still the caller's.
+func Open(f image.File, parent image.OpenParent) (*Image, error) {
+	img, err := OpenLayer(f)
+	if err != nil {
+		return nil, err
+	}
+	if img.footer.kind == typeDifferencing {
+		if img.disk.Parent, err = img.openParent(parent); err != nil {
+			return nil, err
+		}
+	}
+	return img, nil
+}
+
+// OpenLayer opens one layer of a chain and no parent: what the layer does not
+// hold is Absent and reads as zeros.
+func OpenLayer(f image.File) (*Image, error) {
+	ft, end, atEnd, err := findFooter(f)
+	if err != nil {
+		return nil, err
+	}
+	img := &Image{file: f, footer: ft, dataEnd: end, atEnd: atEnd}
+	if !atEnd {
+		img.warnings = append(img.warnings, "the footer at the end is missing or damaged; its copy at the start was used")
+	}
+	if ft.savedState {
+		img.warnings = append(img.warnings, "the disk belongs to a suspended virtual machine")
+	}
+	size := ft.virtualBytes()
+	switch {
+	case size < 0 || size%sectorBytes != 0:
+		return nil, fault.Corrupt(f.Name(), end, "a size of %d bytes", size)
+	case ft.kind == typeFixed && size > end:
+		return nil, fault.Corrupt(f.Name(), end, "a fixed disk of %d bytes in a file that holds %d", size, end)
+	case ft.kind == typeFixed:
+		img.disk.Map = mapFixed
+	case ft.kind == typeDynamic || ft.kind == typeDifferencing:
+		if img.header, err = readHeader(f, ft.dataOffset); err != nil {
+			return nil, err
+		}
+		h := img.header
+		if need := (size-1)/h.blockBytes + 1; size > 0 && h.entries < need {
+			return nil, fault.Corrupt(f.Name(), ft.dataOffset, "%d table entries where %d blocks are needed", h.entries, need)
+		}
+		bits := h.blockBytes / sectorBytes
+		img.bitmapBytes = ((bits+7)/8 + sectorBytes - 1) / sectorBytes * sectorBytes
+		img.pages = layer.NewPages(f.Name(), f, f.Bytes())
+		img.disk.Map = img.mapBlock
+		if ft.kind == typeDifferencing {
+			if img.names, err = h.parentNames(f); err != nil {
+				return nil, err
+			}
+		}
+	default:
+		return nil, fmt.Errorf("%s: VHD of type %d: %w", f.Name(), ft.kind, fault.ErrUnsupported)
+	}
+	img.disk.Name, img.disk.File, img.disk.Bytes = f.Name(), f, size
+	return img, nil
+}
+
+// Probe says whether f has a VHD's footer. A raw disk may end in one too, if
+// its guest wanted that, so a caller who knows the format should not ask.
+func Probe(f image.File) bool {
+	_, _, _, err := findFooter(f)
+	return err == nil
+}
+
+func (img *Image) openParent(open image.OpenParent) (image.Image, error) {
+	if open == nil {
+		return nil, fmt.Errorf("%s: parent %q: %w", img.file.Name(), strings.Join(img.names, `", "`), image.ErrNotAllowed)
+	}
+	if len(img.names) == 0 {
+		return nil, fault.Corrupt(img.file.Name(), img.footer.dataOffset, "a differencing disk that names no parent")
+	}
+	var first error
+	for _, name := range img.names {
+		p, err := open(name, image.VHD)
+		if err == nil {
+			if id := p.Info().Identity; id == img.header.parent.String() {
+				return p, nil
+			} else {
+				p.Close()
+				err = fault.Corrupt(img.file.Name(), -1, "its parent has the UUID %s, but %q has %s", img.header.parent, name, id)
+			}
+		}
+		// A name that leads nowhere says less than one that led to something wrong.
+		if first == nil || missing(first) && !missing(err) {
+			first = err
+		}
+	}
+	return nil, fmt.Errorf("%s: parent: %w", img.file.Name(), first)
+}
+
+func missing(err error) bool {
+	return errors.Is(err, image.ErrNotAllowed) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fault.ErrNotFound)
+}
+
+// Size is the virtual size in bytes.
+func (img *Image) Size() int64 { return img.disk.Bytes }
+
+// ReadAt reads the virtual disk.
+func (img *Image) ReadAt(p []byte, off int64) (int, error) { return img.disk.ReadAt(p, off) }
+
+// Extents walks the virtual disk and, where the layer holds nothing, its
+// parents.
+func (img *Image) Extents(ctx context.Context, within extent.Extent) iter.Seq2[image.Extent, error] {
+	return img.disk.Extents(ctx, within)
+}
+
+// Close closes the file and the parents.
+func (img *Image) Close() error {
+	err := img.file.Close()
+	if img.disk.Parent != nil {
+		err = errors.Join(err, img.disk.Parent.Close())
+	}
+	return err
+}
+
+// Info tells what the footer and the header say.
+func (img *Image) Info() image.Info {
+	info := image.Info{
+		Format: image.VHD, Version: 1,
+		VirtualBytes: img.disk.Bytes, FileBytes: img.file.Bytes(), SectorBytes: sectorBytes,
+		BlockBytes: img.header.blockBytes,
+		Creator:    fmt.Sprintf("%s %d.%d", strings.TrimRight(img.footer.creator, " \x00"), img.footer.creatorVersion>>16, img.footer.creatorVersion&0xffff),
+		Identity:   img.footer.id.String(),
+		Warnings:   img.warnings,
+		FormatDetails: map[string]string{
+			"geometry": fmt.Sprintf("%d/%d/%d", img.footer.geometry.cylinders, img.footer.geometry.heads, img.footer.geometry.sectors),
+		},
+	}
+	info.Creator = strings.ToValidUTF8(info.Creator, "?")
+	switch img.footer.kind {
+	case typeFixed:
+		info.Variant = "fixed"
+	case typeDynamic:
+		info.Variant = "dynamic"
+	case typeDifferencing:
+		info.Variant = "differencing"
+		info.ParentFormat = image.VHD
+		if len(img.names) > 0 {
+			info.Parent = img.names[0]
+		}
+		info.FormatDetails["parent identity"] = img.header.parent.String()
+	}
+	return info
+}
+
+func mapFixed(off, n int64) (image.Extent, error) {
+	return image.Extent{Extent: extent.Extent{Off: off, Len: n}, Kind: image.Data, FileOffset: off}, nil
+}
+
+// mapBlock looks one block up, and of a differencing disk one run of its
+// bitmap.
+func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
+	e := image.Extent{Extent: extent.Extent{Off: off, Len: min(n, img.header.blockBytes-off%img.header.blockBytes)}, FileOffset: -1}
+	var entry [4]byte
+	at := img.header.tableOffset + off/img.header.blockBytes*4
+	if err := img.pages.Read(entry[:], at); err != nil {
+		return e, err
+	}
+	sector := binary.BigEndian.Uint32(entry[:])
+	if sector == absent {
+		return e, nil
+	}
+	bitmap := int64(sector) * sectorBytes
+	within := off % img.header.blockBytes
+	if img.footer.kind == typeDifferencing {
+		here, run, err := img.run(bitmap, within, e.Len)
+		if err != nil {
+			return e, err
+		}
+		if e.Len = run; !here {
+			return e, nil
+		}
+	}
+	block := bitmap + img.bitmapBytes
+	if bitmap < footerBytes || block >= img.dataEnd {
+		return e, fault.Corrupt(img.file.Name(), at, "the block at disk offset %d lies at %d of %d bytes", off-within, bitmap, img.dataEnd)
+	}
+	e.Kind, e.FileOffset = image.Data, block+within
+	// Some writers let the file end inside the last block. That is no damage
+	// as long as their footer follows.
+	if left := img.dataEnd - e.FileOffset; left < e.Len {
+		switch {
+		case !img.atEnd:
+			return e, fault.Corrupt(img.file.Name(), e.FileOffset, "the file ends inside the block at disk offset %d", off-within)
+		case left > 0:
+			e.Len = left
+		default:
+			e.Kind, e.FileOffset = image.Zero, -1
+		}
+	}
+	return e, nil
+}
+
+// absent is the table's entry of a block that is not in the file.
+const absent = 1<<32 - 1
+
+// run reads the block's bitmap from the byte within of the block on: whether
+// that byte is in the file, and for how many of n bytes the answer is the
+// same. The first sector is the most significant bit.
+func (img *Image) run(bitmap, within, n int64) (here bool, run int64, err error) {
+	first, last := within/sectorBytes, (within+n-1)/sectorBytes
+	var buf [512]byte // a block of 2 MiB has no longer bitmap
+	for sector := first; sector <= last; {
+		from := sector / 8
+		p := buf[:min(int64(len(buf)), last/8-from+1)]
+		if err := img.pages.Read(p, bitmap+from); err != nil {
+			return false, 0, err
+		}
+		for ; sector <= last && sector/8 < from+int64(len(p)); sector++ {
+			bit := p[sector/8-from]>>(7-sector%8)&1 == 1
+			if sector == first {
+				here = bit
+			} else if bit != here {
+				return here, sector*sectorBytes - within, nil
+			}
+		}
+	}
+	return here, n, nil
+}

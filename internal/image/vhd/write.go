@@ -1,0 +1,261 @@
+package vhd
+
+import (
+	"bytes"
+	"crypto/rand"
+	"encoding/binary"
+	"fmt"
+	"math/bits"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/backstay/backstay/internal/chunk"
+	"github.com/backstay/backstay/internal/image"
+)
+
+// MaxBytes is the largest virtual disk that Windows takes as VHD.
+const MaxBytes = 2040 << 30
+
+const (
+	usualBlock  = 2 << 20
+	tableOffset = footerBytes + headerBytes
+	dataAlign   = 4096 // of every block's data, so that 4K sectors below are not torn
+)
+
+// Who reads a VHD by its geometry decides that by the creator. Under a name of
+// our own qemu before 10 would cut the disk to whole cylinders, so the files
+// say what Windows 10 says.
+const (
+	creator        = "win "
+	creatorVersion = 0x000a0000
+	creatorOS      = "Wi2k"
+)
+
+// Writer writes a fixed or dynamic VHD, from any number of goroutines in any
+// order.
+type Writer struct {
+	file   *os.File
+	sync   func() error
+	closed bool
+
+	limit  int64 // what WriteAt takes: the virtual size as it was asked for
+	footer footer
+	header header // of a dynamic disk
+	bitmap []byte // of a block that is in the file
+
+	mu    sync.Mutex
+	table []uint32 // block to sector, absent for none
+	end   int64    // of the blocks
+}
+
+var _ image.Writer = (*Writer)(nil)
+
+// Create makes the file path, which must not exist. Finish also syncs the
+// directory, so that the file's name survives a power cut with its content.
+func Create(path string, o image.CreateOptions) (*Writer, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	w, err := NewWriter(f, o)
+	if err != nil {
+		f.Close()
+		os.Remove(path)
+		return nil, err
+	}
+	w.sync = func() error { return syncDir(filepath.Dir(path)) }
+	return w, nil
+}
+
+// NewWriter writes the image to f, a regular file whose content is dropped and
+// which belongs to the Writer once there is one. The variant is "dynamic" or
+// "fixed", dynamic by default. A VHD has whole sectors: the disk is
+// o.VirtualBytes rounded up to 512, and ends in zeros where that added bytes.
+func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
+	if o.VirtualBytes < 0 || o.Compression != "" {
+		return nil, fmt.Errorf("a VHD of %d bytes, compressed by %q", o.VirtualBytes, o.Compression)
+	}
+	if o.VirtualBytes > MaxBytes {
+		return nil, fmt.Errorf("a VHD holds at most 2040 GiB, and the disk has %d bytes: VHDX holds it", o.VirtualBytes)
+	}
+	size := (o.VirtualBytes + sectorBytes - 1) / sectorBytes * sectorBytes
+	w := &Writer{file: f, limit: o.VirtualBytes, footer: footer{
+		features: 2, dataOffset: -1,
+		stamp:   uint32(time.Since(epoch) / time.Second),
+		creator: creator, creatorVersion: creatorVersion, creatorOS: creatorOS,
+		originalBytes: size, currentBytes: size,
+		geometry: newGeometry(size),
+	}}
+	rand.Read(w.footer.id[:])
+	w.footer.id[6], w.footer.id[8] = w.footer.id[6]&0xf|0x40, w.footer.id[8]&0x3f|0x80
+	switch o.Variant {
+	case "fixed":
+		w.footer.kind = typeFixed
+	case "", "dynamic":
+		if o.BlockBytes == 0 {
+			o.BlockBytes = usualBlock
+		}
+		if o.BlockBytes < 512<<10 || o.BlockBytes > 256<<20 || bits.OnesCount64(uint64(o.BlockBytes)) != 1 {
+			return nil, fmt.Errorf("a VHD with blocks of %d bytes: take a power of two, best 2 MiB", o.BlockBytes)
+		}
+		w.dynamic(o.BlockBytes)
+		if stride := w.place(w.end+w.header.blockBytes) - w.end; w.header.entries*stride > (absent-1)*sectorBytes-w.end {
+			return nil, fmt.Errorf("a VHD of %d bytes needs larger blocks than %d bytes", size, o.BlockBytes)
+		}
+	default:
+		return nil, fmt.Errorf("no VHD variant %q: take dynamic or fixed", o.Variant)
+	}
+	if err := f.Truncate(0); err != nil {
+		return nil, err
+	}
+	return w, nil
+}
+
+func (w *Writer) dynamic(block int64) {
+	size := w.footer.currentBytes
+	w.footer.kind, w.footer.dataOffset = typeDynamic, footerBytes
+	w.header = header{tableOffset: tableOffset, entries: (size + block - 1) / block, blockBytes: block}
+	w.table = make([]uint32, w.header.entries)
+	for i := range w.table {
+		w.table[i] = absent
+	}
+	n := max(block/sectorBytes/8, sectorBytes)
+	w.bitmap = bytes.Repeat([]byte{0xff}, int(n))
+	w.end = tableOffset + int64(len(w.encodeTable()))
+}
+
+// place is the first offset from off on where a bitmap may lie, so that the
+// data behind it is aligned.
+func (w *Writer) place(off int64) int64 {
+	n := int64(len(w.bitmap))
+	return (off+n+dataAlign-1)/dataAlign*dataAlign - n
+}
+
+// Unit is 1: any range will do.
+func (w *Writer) Unit() int64 { return 1 }
+
+// Ordered is false.
+func (w *Writer) Ordered() bool { return false }
+
+// WriteAt writes p. Zeros make no block.
+func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
+	if off < 0 || off > w.limit || int64(len(p)) > w.limit-off {
+		return 0, fmt.Errorf("write of %d bytes at %d to a disk of %d", len(p), off, w.limit)
+	}
+	done := 0
+	for done < len(p) {
+		part := p[done:]
+		at := off + int64(done)
+		if w.footer.kind == typeFixed {
+			part = part[:min(len(part), chunk.MaxBytes)]
+		} else {
+			block := w.header.blockBytes
+			part = part[:min(int64(len(part)), block-at%block, chunk.MaxBytes)]
+		}
+		if !chunk.IsZero(part) {
+			if w.footer.kind != typeFixed {
+				var err error
+				if at, err = w.locate(at); err != nil {
+					return done, err
+				}
+			}
+			if n, err := w.file.WriteAt(part, at); err != nil {
+				return done + n, err
+			}
+		}
+		done += len(part)
+	}
+	return done, nil
+}
+
+// locate gives a byte of the disk its place in the file.
+func (w *Writer) locate(off int64) (int64, error) {
+	n, within := off/w.header.blockBytes, off%w.header.blockBytes
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.table[n] == absent {
+		at := w.place(w.end)
+		if _, err := w.file.WriteAt(w.bitmap, at); err != nil {
+			return 0, err
+		}
+		w.table[n] = uint32(at / sectorBytes)
+		w.end = at + int64(len(w.bitmap)) + w.header.blockBytes
+	}
+	return int64(w.table[n])*sectorBytes + int64(len(w.bitmap)) + within, nil
+}
+
+// encodeTable fills the last sector up with absent entries.
+func (w *Writer) encodeTable() []byte {
+	p := bytes.Repeat([]byte{0xff}, (4*len(w.table)+sectorBytes-1)/sectorBytes*sectorBytes)
+	for i, s := range w.table {
+		binary.BigEndian.PutUint32(p[4*i:], s)
+	}
+	return p
+}
+
+// Finish writes the table, and the footers after everything else is durable.
+func (w *Writer) Finish() error {
+	end := w.end
+	if w.footer.kind == typeFixed {
+		end = w.footer.currentBytes
+	}
+	if err := w.file.Truncate(end); err != nil {
+		return err
+	}
+	if w.footer.kind != typeFixed {
+		if _, err := w.file.WriteAt(w.encodeTable(), tableOffset); err != nil {
+			return err
+		}
+		if _, err := w.file.WriteAt(w.header.encode(), footerBytes); err != nil {
+			return err
+		}
+	}
+	if err := w.file.Sync(); err != nil {
+		return err
+	}
+	f := w.footer.encode()
+	if w.footer.kind != typeFixed {
+		if _, err := w.file.WriteAt(f, 0); err != nil {
+			return err
+		}
+	}
+	if _, err := w.file.WriteAt(f, end); err != nil {
+		return err
+	}
+	if err := w.file.Sync(); err != nil {
+		return err
+	}
+	w.closed = true
+	if err := w.file.Close(); err != nil {
+		return err
+	}
+	if w.sync != nil {
+		return w.sync()
+	}
+	return nil
+}
+
+// Close closes the file and leaves it where it is.
+func (w *Writer) Close() error {
+	if w.closed {
+		return nil
+	}
+	w.closed = true
+	return w.file.Close()
+}
+
+func syncDir(dir string) error {
+	if runtime.GOOS == "windows" {
+		return nil // it cannot be done there, and NTFS journals its names
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	d.Close()
+	return err
+}
