@@ -66,3 +66,21 @@ func sameFile(a, b File) bool {
 	j, errj := y.Stat()
 	return erri == nil && errj == nil && os.SameFile(i, j)
 }
+
+// OpenOptions say what an Image may open besides its own file, and which of
+// its states it shows. Zero values allow nothing and show the present state
+// of the whole chain.
+type OpenOptions struct {
+	// Resolver opens what belongs to the same layer: extents, data files. Nil
+	// is None.
+	Resolver Resolver
+	// Parent opens the parent. Where it is nil, an image that has one is
+	// refused with ErrNotAllowed.
+	Parent OpenParent
+	// OnlyTop leaves the parent unopened: what it holds is Absent and reads
+	// as zeros.
+	OnlyTop bool
+	// Snapshot is the name or, failing that, the ID of an internal snapshot
+	// to show instead of the present state.
+	Snapshot string
+}
