@@ -1,0 +1,152 @@
+// Package open opens and creates virtual disk images of every format: it knows
+// which format a file has and which further files it may name.
+package open
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/image"
+)
+
+// A DirResolver opens the files that images name, and only regular files
+// beneath one directory, never through a symbolic link. A name of another host
+// or system ("C:\vm\base.vhd", "/vmfs/volumes/…/disk.vmdk") is one that may not
+// be opened, unless ByBase says to look for its last part.
+type DirResolver struct {
+	Dir string
+	// Plain allows no directories in names: the file lies right in Dir.
+	Plain bool
+	// ByBase looks for the last part of a name that leads elsewhere. It is for
+	// formats that tell a right file from a wrong one by its identity.
+	ByBase bool
+}
+
+var _ image.Resolver = DirResolver{}
+
+// Resolve opens the file of that name.
+func (r DirResolver) Resolve(name string) (image.File, error) {
+	refused := fmt.Errorf("%q: %w", name, image.ErrNotAllowed)
+	if strings.ContainsRune(name, 0) || len(name) > 4096 {
+		return nil, refused
+	}
+	rel, ok := r.beneath(name)
+	base := lastPart(name)
+	byBase := r.ByBase && local(base) && rel != base
+	var f *os.File
+	err := refused
+	if ok {
+		f, err = openBeneath(r.Dir, rel)
+	}
+	if byBase && (!ok || errors.Is(err, fs.ErrNotExist)) {
+		f, err = openBeneath(r.Dir, base)
+	} else if !ok {
+		return nil, refused
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%q: no file of that name in %s: %w", name, r.Dir, fault.ErrNotFound)
+	}
+	if errors.Is(err, errEscapes) {
+		return nil, fmt.Errorf("%q: %w (%w)", name, image.ErrNotAllowed, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%q: %w", name, err)
+	}
+	file, err := image.OSFile(f)
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%q: %w", name, err)
+	}
+	return file, nil
+}
+
+// errEscapes is the reason not to open what a name leads to: a symbolic link,
+// a device, a pipe, something outside.
+var errEscapes = errors.New("not a regular file beneath its directory")
+
+// beneath turns name into a path relative to the directory, with slashes. It
+// is false for a name that leads elsewhere.
+func (r DirResolver) beneath(name string) (string, bool) {
+	if r.Plain {
+		return name, lastPart(name) == name && local(name)
+	}
+	rel := name
+	switch {
+	case filepath.IsAbs(name):
+		dir, err := filepath.Abs(r.Dir)
+		if err != nil {
+			return "", false
+		}
+		if rel, err = filepath.Rel(dir, name); err != nil {
+			return "", false
+		}
+		rel = filepath.ToSlash(rel)
+	case drive(name):
+		return "", false
+	case strings.Contains(name, `\`) && !strings.Contains(name, "/"):
+		rel = strings.ReplaceAll(name, `\`, "/") // as Windows writes them: .\base.vhdx
+	}
+	rel = path.Clean(rel)
+	return rel, local(rel)
+}
+
+func lastPart(name string) string { return name[strings.LastIndexAny(name, `/\`)+1:] }
+
+// drive says whether name begins with a drive letter, as absolute names of
+// Windows do.
+func drive(name string) bool {
+	return len(name) > 2 && name[1] == ':' && name[2] == '\\' && (name[0]|0x20 >= 'a' && name[0]|0x20 <= 'z')
+}
+
+// local says whether a relative path with slashes stays where it begins, on
+// this system, and names no drive, stream or device.
+func local(rel string) bool {
+	if rel == "" || rel == "." || !filepath.IsLocal(filepath.FromSlash(rel)) {
+		return false
+	}
+	return runtime.GOOS != "windows" || !strings.ContainsAny(rel, ":\\")
+}
+
+// openInRoot is openBeneath for systems and kernels that have no better way.
+func openInRoot(dir, rel string) (*os.File, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer root.Close()
+	// Root follows links that stay inside; we follow none.
+	parts := strings.Split(rel, "/")
+	for i := range parts {
+		info, err := root.Lstat(filepath.FromSlash(strings.Join(parts[:i+1], "/")))
+		if err != nil {
+			return nil, err
+		}
+		if last := i == len(parts)-1; last && !info.Mode().IsRegular() || !last && !info.IsDir() {
+			return nil, errEscapes
+		}
+	}
+	f, err := root.OpenFile(filepath.FromSlash(rel), os.O_RDONLY|nonblock, 0)
+	if err != nil {
+		return nil, err
+	}
+	return f, regular(f)
+}
+
+// regular closes f and says so if it is no regular file.
+func regular(f *os.File) error {
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errEscapes
+	}
+	if err != nil {
+		f.Close()
+	}
+	return err
+}

@@ -1,0 +1,342 @@
+package vmdk
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/image"
+)
+
+// Options say which further files Open may open.
+type Options struct {
+	// Resolver finds the extents that a descriptor names. Without one only
+	// images of a single file open.
+	Resolver image.Resolver
+	// Parent opens the disk that this one is a snapshot of. Without one a
+	// snapshot does not open, with ErrNotAllowed.
+	Parent image.OpenParent
+	// OnlyTop opens a snapshot without its parent: what it does not hold is
+	// Absent and reads as zeros.
+	OnlyTop bool
+}
+
+// HeadBytes is how much of a file's beginning Detect wants to see.
+const HeadBytes = 1024
+
+// Detect says whether a file that begins with head is a VMDK, or an extent of
+// one that does not open alone.
+func Detect(head []byte) bool {
+	for _, magic := range []string{magicSparse, magicCOWD, magicSESparse} {
+		if bytes.HasPrefix(head, []byte(magic)) {
+			return true
+		}
+	}
+	return isDescriptor(head)
+}
+
+// isDescriptor says whether a file that begins with head is a descriptor. The
+// first line is the same in all that were seen; the blanks are not.
+func isDescriptor(head []byte) bool {
+	head = bytes.TrimLeft(bytes.TrimPrefix(head, []byte("\xef\xbb\xbf")), " \t\r\n")
+	if !bytes.HasPrefix(head, []byte("#")) {
+		return false
+	}
+	line, _, _ := bytes.Cut(head[1:], []byte("\n"))
+	return strings.EqualFold(string(bytes.TrimSpace(line)), "Disk DescriptorFile")
+}
+
+// Open opens the VMDK in f, a descriptor or a file that has one in it. The
+// Disk owns f; if Open fails, f is the caller's as before.
+//
+// Damage is of the class fault.ErrCorrupt, what cannot be read although it is
+// sound (encrypted disks, mappings of raw devices) of fault.ErrUnsupported.
+func Open(f image.File, o Options) (*Disk, error) {
+	if o.Resolver == nil {
+		o.Resolver = image.None
+	}
+	b := &builder{f: f, o: o, byName: map[string]image.File{}}
+	if err := b.open(); err != nil {
+		var errs []error
+		for _, file := range b.opened {
+			errs = append(errs, file.Close())
+		}
+		return nil, errors.Join(append([]error{err}, errs...)...)
+	}
+	b.d.files = append([]image.File{f}, b.opened...)
+	return &b.d, nil
+}
+
+// A builder is an Open under way.
+type builder struct {
+	f      image.File
+	o      Options
+	d      Disk
+	desc   *descriptor
+	byName map[string]image.File
+	opened []image.File
+}
+
+func (b *builder) open() error {
+	head := make([]byte, min(HeadBytes, b.f.Bytes()))
+	if err := readFull(b.f, head, 0); err != nil {
+		return err
+	}
+	b.d.info = image.Info{Format: image.VMDK, SectorBytes: sector, FileBytes: b.f.Bytes()}
+	var err error
+	switch {
+	case bytes.HasPrefix(head, []byte(magicSparse)):
+		err = b.openMonolithic(head)
+	case bytes.HasPrefix(head, []byte(magicCOWD)), bytes.HasPrefix(head, []byte(magicSESparse)):
+		err = fmt.Errorf("%s: a data file of a VMDK; open the small descriptor file beside it: %w", b.f.Name(), fault.ErrUnsupported)
+	case isDescriptor(head):
+		err = b.openDescriptor()
+	default:
+		err = fault.Corrupt(b.f.Name(), 0, "no VMDK begins like this")
+	}
+	if err != nil {
+		return err
+	}
+	b.describe()
+	if b.desc.parentCID == noParent || b.o.OnlyTop {
+		return nil
+	}
+	return b.openParent()
+}
+
+// openMonolithic opens a sparse extent that holds its own descriptor. The
+// extent that the descriptor names is this file, whatever it calls it.
+func (b *builder) openMonolithic(head []byte) error {
+	name := b.f.Name()
+	h, err := parseHeader(name, 0, head)
+	if err != nil {
+		return err
+	}
+	if h.descOffset == 0 || h.descBytes == 0 {
+		return fmt.Errorf("%s: one extent of a split VMDK; open the descriptor beside it: %w", name, fault.ErrUnsupported)
+	}
+	if h.descBytes > maxDescriptorBytes {
+		return fault.Corrupt(name, 36, "a descriptor of %d bytes", h.descBytes)
+	}
+	text := make([]byte, h.descBytes)
+	if err := readFull(b.f, text, h.descOffset); err != nil {
+		return err
+	}
+	if b.desc, err = parseDescriptor(name, text); err != nil {
+		return err
+	}
+	if err := b.desc.refuse(name); err != nil {
+		return err
+	}
+	if h.capacity == 0 && len(b.desc.extents) > 0 && b.desc.extents[0].bytes > 0 {
+		return b.addExtents() // a descriptor with a header before it
+	}
+	s, err := b.openSparse(b.f, h)
+	if err != nil {
+		return err
+	}
+	if n := len(b.desc.extents); n > 1 {
+		return fault.Corrupt(name, h.descOffset, "%d extents in a descriptor that lies in the only one", n)
+	}
+	if len(b.desc.extents) == 1 && b.desc.extents[0].bytes != h.capacity {
+		b.warn("the descriptor says %d bytes, the header %d; the header counts", b.desc.extents[0].bytes, h.capacity)
+	}
+	b.add(h.capacity, s)
+	return nil
+}
+
+// openDescriptor opens a descriptor that is a file of its own.
+func (b *builder) openDescriptor() error {
+	name := b.f.Name()
+	if b.f.Bytes() > maxDescriptorBytes {
+		return fault.Corrupt(name, -1, "a descriptor of %d bytes", b.f.Bytes())
+	}
+	text := make([]byte, b.f.Bytes())
+	err := readFull(b.f, text, 0)
+	if err != nil {
+		return err
+	}
+	if b.desc, err = parseDescriptor(name, text); err != nil {
+		return err
+	}
+	if err := b.desc.refuse(name); err != nil {
+		return err
+	}
+	return b.addExtents()
+}
+
+// addExtents opens what the descriptor lists.
+func (b *builder) addExtents() error {
+	name := b.f.Name()
+	if len(b.desc.extents) == 0 {
+		return fault.Corrupt(name, -1, "its descriptor lists no extents")
+	}
+	for _, e := range b.desc.extents {
+		if e.kind == "ZERO" {
+			b.add(e.bytes, blank{})
+			continue
+		}
+		known := []string{"FLAT", "VMFS", "SPARSE", "VMFSSPARSE", "SESPARSE"}
+		if !slices.Contains(known, e.kind) {
+			return fmt.Errorf("%s: an extent of type %q: %w", name, e.kind, fault.ErrUnsupported)
+		}
+		if e.name == "" {
+			return fault.Corrupt(name, -1, "its descriptor has a %s extent without a file", e.kind)
+		}
+		f, err := b.resolve(e.name)
+		if err != nil {
+			return fmt.Errorf("%s: extent %q: %w", name, e.name, err)
+		}
+		l, err := b.openExtent(f, e)
+		if err != nil {
+			return err
+		}
+		b.add(e.bytes, l)
+	}
+	return nil
+}
+
+// resolve opens a file once, however many extents lie in it.
+func (b *builder) resolve(name string) (image.File, error) {
+	if f, ok := b.byName[name]; ok {
+		return f, nil
+	}
+	f, err := b.o.Resolver.Resolve(name)
+	if err != nil {
+		return nil, err
+	}
+	b.byName[name] = f
+	b.opened = append(b.opened, f)
+	b.d.info.FileBytes += f.Bytes()
+	return f, nil
+}
+
+// openExtent makes the layer of one line of a descriptor file.
+func (b *builder) openExtent(f image.File, e extentLine) (layer, error) {
+	var s *sparse
+	var err error
+	switch e.kind {
+	case "FLAT", "VMFS":
+		return newFlat(f, e)
+	case "SESPARSE":
+		s, err = openSESparse(f)
+	case "SPARSE", "VMFSSPARSE":
+		head := make([]byte, min(headerBytes, f.Bytes()))
+		if err := readFull(f, head, 0); err != nil {
+			return nil, err
+		}
+		if bytes.HasPrefix(head, []byte(magicCOWD)) {
+			s, err = openCOWD(f)
+			break
+		}
+		var h header
+		if h, err = parseHeader(f.Name(), 0, head); err == nil {
+			s, err = b.openSparse(f, h)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if s.capacity < e.bytes {
+		return nil, fault.Corrupt(f.Name(), -1, "an extent of %d bytes, and the descriptor says %d", s.capacity, e.bytes)
+	}
+	if b.d.info.BlockBytes == 0 {
+		b.d.info.BlockBytes = s.grain
+	}
+	return s, nil
+}
+
+// openSparse makes a layer of a hosted sparse extent.
+func (b *builder) openSparse(f image.File, h header) (s *sparse, err error) {
+	if h.overhead > f.Bytes() {
+		return nil, fault.Corrupt(f.Name(), -1, "its data begin at %d, and the file ends at %d", h.overhead, f.Bytes())
+	}
+	if h.gdOffset == -1 {
+		s, err = openStream(f, h)
+	} else {
+		s, err = openHosted(f, h)
+	}
+	if err != nil {
+		return nil, err
+	}
+	info := &b.d.info
+	info.Version, info.BlockBytes = int(h.version), h.grain
+	if h.compressed() {
+		info.Compression = "zlib"
+	}
+	if h.unclean {
+		b.warn("%s was not closed cleanly by its last writer", f.Name())
+	}
+	return s, nil
+}
+
+func (b *builder) add(bytes int64, l layer) {
+	if bytes == 0 {
+		return
+	}
+	b.d.parts = append(b.d.parts, part{extent.Extent{Off: b.d.size, Len: bytes}, l})
+	b.d.size += bytes
+}
+
+func (b *builder) warn(format string, args ...any) {
+	b.d.info.Warnings = append(b.d.info.Warnings, fmt.Sprintf(format, args...))
+}
+
+// describe fills in Info what the descriptor says.
+func (b *builder) describe() {
+	info, d := &b.d.info, b.desc
+	info.VirtualBytes = b.d.size
+	info.Variant = d.createType
+	info.Identity = cidText(d.cid)
+	if d.parentCID != noParent {
+		info.Parent, info.ParentFormat = d.parentHint, image.VMDK
+	}
+	info.FormatDetails = map[string]string{}
+	for label, key := range map[string]string{
+		"adapter": "ddb.adaptertype", "hardware version": "ddb.virtualhwversion",
+		"content id": "ddb.longcontentid", "uuid": "ddb.uuid", "change tracking": "changetrackpath",
+	} {
+		if v := d.fields[key]; v != "" {
+			info.FormatDetails[label] = v
+		}
+	}
+	if c, h, s := d.fields["ddb.geometry.cylinders"], d.fields["ddb.geometry.heads"], d.fields["ddb.geometry.sectors"]; c != "" && h != "" && s != "" {
+		info.FormatDetails["geometry"] = c + "/" + h + "/" + s
+	}
+	if n := len(d.extents); n > 1 {
+		info.FormatDetails["extents"] = fmt.Sprint(n)
+	}
+}
+
+func cidText(cid uint32) string { return fmt.Sprintf("%08x", cid) }
+
+// openParent opens the disk that this one is a snapshot of and makes sure that
+// it is that disk, unchanged since.
+func (b *builder) openParent() error {
+	name, hint := b.f.Name(), b.desc.parentHint
+	if hint == "" {
+		return fault.Corrupt(name, -1, "a snapshot of a disk with CID %s, of which its descriptor does not say the file", cidText(b.desc.parentCID))
+	}
+	if b.o.Parent == nil {
+		return fmt.Errorf("%s: parent %q: %w", name, hint, image.ErrNotAllowed)
+	}
+	parent, err := b.o.Parent(hint, image.VMDK)
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	want, have := cidText(b.desc.parentCID), parent.Info()
+	switch {
+	case have.Format != image.VMDK:
+		err = fault.Corrupt(name, -1, "its parent %q is a %s image", hint, have.Format)
+	case have.Identity != want:
+		err = fault.Corrupt(name, -1, "its parent %q has CID %s, and the snapshot is of one with CID %s: a wrong file, or written to since", hint, have.Identity, want)
+	default:
+		b.d.parent = parent
+		return nil
+	}
+	return errors.Join(err, parent.Close())
+}
