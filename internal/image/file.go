@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"runtime"
 )
 
 // OpenFile opens path read-only as a File that OSFile describes. A device is
@@ -54,3 +56,18 @@ type osFile struct {
 }
 
 func (f *osFile) Bytes() int64 { return f.bytes }
+
+// SyncDir makes the name of a new or renamed file durable: a power cut can
+// keep a file's content and lose its name.
+func SyncDir(path string) error {
+	if runtime.GOOS == "windows" {
+		return nil // it cannot be done there, and NTFS journals its names
+	}
+	d, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	d.Close()
+	return err
+}

@@ -144,6 +144,16 @@ type CreateOptions struct {
 	BlockBytes   int64
 	Compression  string // "", "zlib" or "zstd", where the format has it
 	Level        int    // of Compression; 0 for its default
+	SectorBytes  int    // the guest's sector, 512 or 4096, where the format knows it; 0 for 512
+
+	// Parent makes a layer over the image of that name, which is written into
+	// the header and not opened. Ranges that are never written are then the
+	// parent's, and zeros that are written hide it.
+	Parent       string
+	ParentFormat Format
+	// ParentInfo is what the parent says of itself, for formats whose layers
+	// know it by more than a name.
+	ParentInfo *Info
 }
 
 // A Writer makes one new image. Bytes that are never written read as zeros and

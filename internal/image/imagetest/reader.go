@@ -14,7 +14,7 @@ import (
 )
 
 // budget is how many bytes of a large image Reader compares one by one.
-const budget = 256 << 20
+const budget = 64 << 20
 
 // Reader holds img to the promises of image.Image; want is what the guest
 // would see, and reads behind its end as zeros.

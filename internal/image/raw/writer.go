@@ -3,8 +3,6 @@ package raw
 import (
 	"fmt"
 	"os"
-	"path/filepath"
-	"runtime"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/image"
@@ -38,7 +36,7 @@ func Create(path string, o image.CreateOptions) (*Writer, error) {
 		os.Remove(path)
 		return nil, err
 	}
-	w.sync = func() error { return syncDir(filepath.Dir(path)) }
+	w.sync = func() error { return image.SyncDir(path) }
 	return w, nil
 }
 
@@ -52,6 +50,9 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 	}
 	if o.Compression != "" {
 		return nil, fmt.Errorf("raw images have no compression, so not %q either", o.Compression)
+	}
+	if o.Parent != "" {
+		return nil, fmt.Errorf("raw images have no parent, so not %q either", o.Parent)
 	}
 	info, err := f.Stat()
 	if err != nil {
@@ -128,17 +129,4 @@ func (w *Writer) Close() error {
 	}
 	w.closed = true
 	return w.file.Close()
-}
-
-func syncDir(dir string) error {
-	if runtime.GOOS == "windows" {
-		return nil // it cannot be done there, and NTFS journals its names
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	d.Close()
-	return err
 }

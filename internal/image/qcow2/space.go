@@ -1,0 +1,192 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"sync"
+
+	"github.com/backstay/backstay/internal/fault"
+)
+
+// A space hands out the room of a file that is being written, front to back,
+// and counts how often each cluster is used. Refcounts are 16 bits wide; a
+// block of them that can change no more is written at once, so that the
+// counts of a huge image take little memory.
+type space struct {
+	file *os.File
+	bits uint32 // of the cluster size
+
+	mu  sync.Mutex
+	end int64 // first byte that was never handed out, at a cluster
+
+	// Compressed clusters share room that was set aside for them.
+	aside, asideEnd int64
+
+	counts  map[int64][]byte // open refcount blocks by number, as in the file
+	written []int64          // offsets of the closed blocks, 0 to len-1
+}
+
+const (
+	asideClusters    = 16
+	maxRefcountTable = 8 << 20 // bytes; QEMU opens no longer one
+)
+
+func newSpace(f *os.File, bits uint32) *space {
+	s := &space{file: f, bits: bits, counts: map[int64][]byte{}}
+	s.count(0) // the header
+	s.end = 1 << bits
+	return s
+}
+
+func (s *space) cluster() int64 { return 1 << s.bits }
+
+// perBlock is how many clusters a refcount block counts.
+func (s *space) perBlock() int64 { return s.cluster() / 2 }
+
+// count adds one to the refcount of cluster n of the file.
+func (s *space) count(n int64) error {
+	block := s.counts[n/s.perBlock()]
+	if block == nil {
+		block = make([]byte, s.cluster())
+		s.counts[n/s.perBlock()] = block
+	}
+	p := block[n%s.perBlock()*2:]
+	x := binary.BigEndian.Uint16(p)
+	if x == 1<<16-1 {
+		return fmt.Errorf("cluster %d is used more than %d times", n, x)
+	}
+	binary.BigEndian.PutUint16(p, x+1)
+	return nil
+}
+
+// clusters hands out n clusters in one piece.
+func (s *space) clusters(n int64) (off int64, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.take(n)
+}
+
+// take is clusters under the lock.
+func (s *space) take(n int64) (off int64, err error) {
+	off = s.end
+	s.end += n << s.bits
+	for i := range n {
+		if err := s.count(off>>s.bits + i); err != nil {
+			return 0, err
+		}
+	}
+	return off, s.closeBlocks()
+}
+
+// packed hands out room for compressed clusters of these lengths in bytes,
+// one behind the other.
+func (s *space) packed(lengths []int) (off int64, err error) {
+	var n int64
+	for _, l := range lengths {
+		n += int64(l)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n > s.asideEnd-s.aside {
+		if s.asideEnd != s.end {
+			s.aside, s.asideEnd = s.end, s.end
+		}
+		more := (n - (s.asideEnd - s.aside) + s.cluster() - 1) >> s.bits
+		s.asideEnd += max(more, asideClusters) << s.bits
+		s.end = s.asideEnd
+	}
+	off = s.aside
+	for _, l := range lengths {
+		for c := s.aside >> s.bits; c <= (s.aside+int64(l)-1)>>s.bits; c++ {
+			if err := s.count(c); err != nil {
+				return 0, err
+			}
+		}
+		s.aside += int64(l)
+	}
+	return off, s.closeBlocks()
+}
+
+// closeBlocks writes the blocks behind which all room has been handed out.
+func (s *space) closeBlocks() error {
+	for {
+		final := s.end
+		if s.aside < s.asideEnd {
+			final = s.aside
+		}
+		n := int64(len(s.written))
+		if final>>s.bits < (n+1)*s.perBlock() {
+			return nil
+		}
+		off := s.end
+		s.end += s.cluster()
+		if err := s.count(off >> s.bits); err != nil {
+			return err
+		}
+		if err := s.writeBlock(n, off); err != nil {
+			return err
+		}
+	}
+}
+
+// writeBlock writes block n, the next one, to off.
+func (s *space) writeBlock(n, off int64) error {
+	block := s.counts[n]
+	if block == nil {
+		block = make([]byte, s.cluster())
+	}
+	if _, err := s.file.WriteAt(block, off); err != nil {
+		return err
+	}
+	delete(s.counts, n)
+	s.written = append(s.written, off)
+	return nil
+}
+
+// flush writes the remaining blocks and the table of them all, and gives the
+// table's place and length. Nothing may be handed out afterwards.
+func (s *space) flush() (table, tableClusters int64, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.asideEnd == s.end && s.aside < s.asideEnd {
+		s.end = (s.aside + s.cluster() - 1) &^ (s.cluster() - 1)
+	}
+	s.asideEnd = s.aside
+	// The blocks and the table count themselves, so their number is what no
+	// longer grows.
+	have := int64(len(s.written))
+	blocks := have
+	for {
+		total := s.end>>s.bits + blocks - have + tableClusters
+		b := max((total+s.perBlock()-1)/s.perBlock(), have)
+		t := (b*8 + s.cluster() - 1) >> s.bits
+		if b == blocks && t == tableClusters {
+			break
+		}
+		blocks, tableClusters = b, t
+	}
+	if blocks*8 > maxRefcountTable {
+		return 0, 0, fmt.Errorf("qcow2 with clusters of %d bytes cannot hold a file of %d bytes: %w", s.cluster(), s.end, fault.ErrUnsupported)
+	}
+	first := s.end
+	n := blocks - have + tableClusters
+	s.end += n << s.bits
+	for i := range n {
+		if err := s.count(first>>s.bits + i); err != nil {
+			return 0, 0, err
+		}
+	}
+	for b := have; b < blocks; b++ {
+		if err := s.writeBlock(b, first+(b-have)<<s.bits); err != nil {
+			return 0, 0, err
+		}
+	}
+	table = first + (blocks-have)<<s.bits
+	p := make([]byte, tableClusters<<s.bits)
+	for i, off := range s.written {
+		binary.BigEndian.PutUint64(p[i*8:], uint64(off))
+	}
+	_, err = s.file.WriteAt(p, table)
+	return table, tableClusters, err
+}
