@@ -1,0 +1,45 @@
+# The few things people try. On a Debian 12 machine with Go, and as root,
+# "make demo" and "make test" install what is missing.
+
+GO ?= $(shell command -v go || echo /usr/local/go/bin/go)
+# Further words for go test: make test TESTFLAGS=-v
+TESTFLAGS ?=
+# A directory of sample images that others made; their tests are left out
+# where nobody has them.
+BACKSTAY_SAMPLES ?= none
+export BACKSTAY_SAMPLES
+export PATH := $(PATH):$(dir $(GO)):/usr/sbin:/sbin
+
+.PHONY: build demo test check bench fuzz soak need-go
+
+build: need-go ## bin/backstay
+	@scripts/need build
+	$(GO) build -trimpath -o bin/backstay ./cmd/backstay
+
+demo: need-go ## a real VM is backed up, destroyed and brought back
+	@scripts/need demo
+	@$(GO) build -trimpath -o bin/backstay ./cmd/backstay
+	@bin/backstay demo
+
+test: need-go ## every test, real libvirt and QEMU included
+	@scripts/need test
+	BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=1 -timeout 40m $(TESTFLAGS) ./...
+
+check: need-go ## the quick half: no VM, no root, about a minute
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
+	$(GO) vet ./...
+	$(GO) test -short $(TESTFLAGS) ./...
+
+bench: need-go ## the figures: backstay against its peers on the same bytes
+	@scripts/need bench
+	$(GO) run ./bench $(BENCHFLAGS)
+
+fuzz: need-go ## every parser for FUZZTIME, 60s by default
+	scripts/fuzz $(or $(FUZZTIME),60s)
+
+soak: need-go ## the tests of what may go wrong seldom, SOAK times over
+	@scripts/need test
+	BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=$(or $(SOAK),10) -timeout 12h -race $$(cat .ci/race)
+
+need-go:
+	@command -v $(GO) >/dev/null || { echo "Go is missing: see https://go.dev/doc/install" >&2; exit 1; }
