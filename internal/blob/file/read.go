@@ -1,0 +1,257 @@
+package file
+
+import (
+	"container/list"
+	"context"
+	"fmt"
+	"io"
+	"iter"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/fault"
+)
+
+// ReadAt implements blob.Store.
+func (s *Store) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
+	if err := check(ctx, name); err != nil {
+		return 0, err
+	}
+	if off < 0 {
+		return 0, fmt.Errorf("%s: offset %d", name, off)
+	}
+	h, err := s.open.get(name)
+	if err != nil {
+		if missing(err) {
+			err = fault.ErrNotFound
+		}
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	defer s.open.put(h)
+	n, err := h.f.ReadAt(p, off)
+	if n == len(p) {
+		err = nil
+	}
+	if err != nil && err != io.EOF {
+		return n, fmt.Errorf("%s: %w", name, err)
+	}
+	return n, err
+}
+
+// Size implements blob.Store.
+func (s *Store) Size(ctx context.Context, name string) (int64, error) {
+	if err := check(ctx, name); err != nil {
+		return 0, err
+	}
+	e, err := s.fs.Stat(name)
+	if missing(err) || err == nil && (e.Dir || e.Other) {
+		err = fault.ErrNotFound
+	}
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	return e.Bytes, nil
+}
+
+// List implements blob.Store. Directories are read one at a time, and synced
+// before their names are shown: see the package's comment.
+func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[blob.Object, error] {
+	return func(yield func(blob.Object, error) bool) { s.walk(ctx, "", prefix, yield) }
+}
+
+func (s *Store) walk(ctx context.Context, dir, prefix string, yield func(blob.Object, error) bool) bool {
+	entries, err := s.list(ctx, dir, prefix)
+	if err != nil {
+		yield(blob.Object{}, err)
+		return false
+	}
+	for _, e := range entries {
+		name := join(dir, e.Name)
+		switch {
+		case e.Dir:
+			if !s.walk(ctx, name, prefix, yield) {
+				return false
+			}
+		case ctx.Err() != nil:
+			yield(blob.Object{}, ctx.Err())
+			return false
+		case !yield(blob.Object{Name: name, Bytes: e.Bytes}, nil):
+			return false
+		}
+	}
+	return true
+}
+
+// list gives what of a directory belongs to a listing, in the order of full
+// names: a directory sorts as if its name ended in the slash that follows it.
+func (s *Store) list(ctx context.Context, dir, prefix string) ([]Entry, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	entries, err := s.fs.ReadDir(dir)
+	if missing(err) && dir != "" {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	files := false
+	entries = slices.DeleteFunc(entries, func(e Entry) bool {
+		name := join(dir, e.Name)
+		if e.Other || blob.CheckName(name) != nil {
+			return true // nothing of ours
+		}
+		if e.Dir {
+			return !strings.HasPrefix(name+"/", prefix) && !strings.HasPrefix(prefix, name+"/")
+		}
+		files = files || strings.HasPrefix(name, prefix)
+		return !strings.HasPrefix(name, prefix)
+	})
+	if files {
+		if err := s.dirs.sync(dir); err != nil && !missing(err) {
+			return nil, err
+		}
+	}
+	key := func(e Entry) string {
+		if e.Dir {
+			return e.Name + "/"
+		}
+		return e.Name
+	}
+	slices.SortFunc(entries, func(a, b Entry) int { return strings.Compare(key(a), key(b)) })
+	return entries, nil
+}
+
+func join(dir, name string) string {
+	if dir == "" {
+		return name
+	}
+	return dir + "/" + name
+}
+
+// Delete implements blob.Store. When it returns, the object stays away also
+// after a power cut.
+func (s *Store) Delete(ctx context.Context, name string) error {
+	if err := check(ctx, name); err != nil {
+		return err
+	}
+	e, err := s.fs.Stat(name)
+	if err == nil && !e.Dir {
+		err = s.fs.Remove(name)
+	}
+	s.open.drop(name)
+	if err == nil && !e.Dir || missing(err) {
+		// Also if it was gone: whoever removed it may not have come to this.
+		err = s.dirs.sync(dirOf(name))
+	}
+	if err != nil && !missing(err) {
+		return fmt.Errorf("%s: %w", name, classify(err))
+	}
+	return nil
+}
+
+// handles keeps the files open that were read last, since a restore reads each
+// pack many times. It is safe for concurrent use.
+type handles struct {
+	fs FS
+
+	mu     sync.Mutex
+	byName map[string]*handle
+	lru    list.List // of *handle, the last used in front
+}
+
+const maxHandles = 64
+
+type handle struct {
+	f       File
+	name    string
+	users   int
+	dropped bool
+	elem    *list.Element
+}
+
+// get opens name, or finds it open. The caller ends its use with put.
+func (hs *handles) get(name string) (*handle, error) {
+	if !handlesMayStay {
+		f, err := hs.fs.Open(name)
+		return &handle{f: f, dropped: true, users: 1}, err
+	}
+	hs.mu.Lock()
+	h := hs.byName[name]
+	if h != nil {
+		h.users++
+		hs.lru.MoveToFront(h.elem)
+	}
+	hs.mu.Unlock()
+	if h != nil {
+		if !h.f.Gone() {
+			return h, nil
+		}
+		hs.mu.Lock()
+		hs.forget(h)
+		hs.mu.Unlock()
+		hs.put(h)
+	}
+	f, err := hs.fs.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	h = &handle{f: f, name: name, users: 1}
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	if hs.byName == nil {
+		hs.byName = map[string]*handle{}
+	}
+	if hs.byName[name] != nil { // somebody was faster; ours serves this one read
+		h.dropped = true
+		return h, nil
+	}
+	hs.byName[name] = h
+	h.elem = hs.lru.PushFront(h)
+	if hs.lru.Len() > maxHandles {
+		hs.forget(hs.lru.Back().Value.(*handle))
+	}
+	return h, nil
+}
+
+func (hs *handles) put(h *handle) {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	h.users--
+	if h.dropped && h.users == 0 {
+		h.f.Close()
+	}
+}
+
+// forget takes h out of the cache and closes it when its last reader is done.
+// The caller holds mu.
+func (hs *handles) forget(h *handle) {
+	if h.dropped {
+		return
+	}
+	h.dropped = true
+	delete(hs.byName, h.name)
+	hs.lru.Remove(h.elem)
+	if h.users == 0 {
+		h.f.Close()
+	}
+}
+
+// drop makes the next get open name anew.
+func (hs *handles) drop(name string) {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	if h := hs.byName[name]; h != nil {
+		hs.forget(h)
+	}
+}
+
+func (hs *handles) closeAll() {
+	hs.mu.Lock()
+	defer hs.mu.Unlock()
+	for _, h := range hs.byName {
+		hs.forget(h)
+	}
+}
