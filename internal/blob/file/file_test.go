@@ -313,7 +313,7 @@ func BenchmarkPutPack(b *testing.B) {
 	b.SetBytes(int64(len(data)))
 	for i := range b.N {
 		body, n := blobtest.Body(data)
-		if err := st.Put(b.Context(), fmt.Sprintf("data/%02x/p", i%4), body, n); err != nil {
+		if err := st.Put(b.Context(), fmt.Sprintf("data/%02x/%d", i%4, i), body, n); err != nil {
 			b.Fatal(err)
 		}
 	}

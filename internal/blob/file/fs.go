@@ -75,7 +75,7 @@ func (f osFS) Open(name string) (File, error) {
 		file.Close()
 		return nil, err
 	}
-	return &osFile{File: file}, nil
+	return osFile{file}, nil
 }
 
 func (f osFS) Create(name string) (File, error) {
@@ -83,7 +83,7 @@ func (f osFS) Create(name string) (File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &osFile{File: file}, nil
+	return osFile{file}, nil
 }
 
 func (f osFS) Rename(from, to string) error { return f.root.Rename(local(from), local(to)) }
@@ -179,22 +179,4 @@ func local(name string) string {
 	return name
 }
 
-// An osFile starts to write early, so that Sync has little left to wait for.
-type osFile struct {
-	*os.File
-	written, started int64
-}
-
-// earlyBytes is how much may wait in the page cache before the disk is told to
-// start.
-const earlyBytes = 8 << 20
-
-func (f *osFile) Write(p []byte) (int, error) {
-	n, err := f.File.Write(p)
-	f.written += int64(n)
-	if err == nil && f.written-f.started >= earlyBytes {
-		startWriting(f.File, f.started, f.written-f.started)
-		f.started = f.written
-	}
-	return n, err
-}
+type osFile struct{ *os.File }

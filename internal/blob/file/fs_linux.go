@@ -30,9 +30,3 @@ func renameNew(root *os.Root, from, to string) (done bool, err error) {
 	}
 	return true, &os.LinkError{Op: "renameat2", Old: from, New: to, Err: err}
 }
-
-// startWriting asks the disk to begin with a range of a file, and waits for
-// nothing. What it can't do, Sync does.
-func startWriting(f *os.File, off, n int64) {
-	_ = unix.SyncFileRange(int(f.Fd()), off, n, unix.SYNC_FILE_RANGE_WRITE)
-}

@@ -20,7 +20,7 @@ var (
 )
 
 // Gone implements File: a file whose last name was taken away has no links.
-func (f *osFile) Gone() bool {
+func (f osFile) Gone() bool {
 	var st unix.Stat_t
 	return unix.Fstat(int(f.Fd()), &st) != nil || st.Nlink == 0
 }

@@ -16,7 +16,7 @@ var (
 )
 
 // Gone implements File; handles are not kept here, so nobody asks.
-func (f *osFile) Gone() bool { return true }
+func (f osFile) Gone() bool { return true }
 
 // handlesMayStay is false because an open file could not be replaced.
 const handlesMayStay = false
