@@ -2,11 +2,14 @@ package repo
 
 import (
 	"context"
+	"errors"
 
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
 )
+
+var errSoon = errors.New("not yet")
 
 // CheckOptions say how deep Check looks. Without any it takes the inventory:
 // whether every object that is needed is there with its right length.

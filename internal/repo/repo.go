@@ -1,71 +1,171 @@
 // Package repo keeps restore points in a store: encrypted, deduplicated, and
 // each of them whole on its own.
 //
-// docs/format is the specification of every object; docs/design/repository.md
-// says why it is so.
+// A Session stores disks chunk by chunk and publishes restore points; a Disk
+// reads one back; Check says whether all is sound and Vacuum frees what no
+// point needs. docs/format is the specification of every object, and
+// docs/design/repository.md says why it is so.
 package repo
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
-
-	"filippo.io/age"
+	"fmt"
+	"strings"
+	"sync"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
-	"github.com/backstay/backstay/internal/secret"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo/internal/pack"
+	"github.com/backstay/backstay/internal/repo/internal/seal"
 )
 
-var errSoon = errors.New("repository: not yet")
+// packMemory is what all open packs of a repository may take together, in
+// bytes: enough for three streams and one pack on its way to the store.
+const packMemory = 4 * pack.TargetBytes
 
-// A Key is what opens a repository: a passphrase, age identities, or both.
-type Key struct {
-	Passphrase secret.Bytes
-	Identities []age.Identity
-}
-
-// KDF is the cost of turning a passphrase into a key with Argon2id. The zero
-// KDF is the default: 3 passes over 256 MiB by 4 threads.
-type KDF struct {
-	Passes    uint32
-	MemoryKiB uint32
-	Threads   uint8
-}
-
-// InitOptions are chosen once in a repository's life.
-type InitOptions struct {
-	ChunkBytes int64 // 0 means chunk.DefaultBytes
-	// At least one of Passphrase and Recipients must be there.
-	Passphrase secret.Bytes
-	Recipients []age.Recipient
-	KDF        KDF
-}
-
-// Init makes an empty repository in st. It gives fault.ErrExists where there
-// is one.
-func Init(ctx context.Context, st blob.Store, o InitOptions) error { return errSoon }
+// packsInFlight is how many packs are stored at the same time.
+const packsInFlight = 2
 
 // A Repository is one open repository. All methods are safe for concurrent
 // use.
-type Repository struct{}
+type Repository struct {
+	st   blob.Store
+	id   [16]byte
+	conf config
+	keys *seal.Keys // nil when opened without
+
+	mem    *pack.Memory
+	flight chan struct{} // one place for each pack being stored
+
+	slotMu sync.Mutex
+	slots  map[*slot]struct{} // every pack that is open, of all sessions
+
+	workMu  sync.Mutex
+	workers map[int][]*pack.Worker // idle, by zstd level
+
+	// loadMu is held for writing while the index is loaded, and for reading
+	// while something is added to it: so nothing is added to the one that is
+	// about to be replaced.
+	loadMu sync.RWMutex
+	hold   *holdings // nil until something needs it
+
+	recMu   sync.Mutex
+	records map[string]*record // restore points read so far, by object name
+
+	sessMu   sync.Mutex
+	sessions int // that live in this process
+}
 
 // Open opens the repository in st. It gives fault.ErrNotFound where there is
 // none, fault.ErrKey if k does not fit, fault.ErrUnsupported for a newer
 // format.
-func Open(ctx context.Context, st blob.Store, k Key) (*Repository, error) { return nil, errSoon }
+func Open(ctx context.Context, st blob.Store, k Key) (*Repository, error) {
+	r, raw, err := open(ctx, st)
+	if err != nil {
+		return nil, err
+	}
+	master, err := r.unwrap(ctx, k)
+	if err != nil {
+		return nil, err
+	}
+	if r.keys, err = seal.Derive(master, r.id); err != nil {
+		return nil, err
+	}
+	if err := checkConfigMAC(raw, r.keys); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
 
 // OpenKeyless opens the repository for what needs no keys: Check without
 // ReadData, Vacuum and Info. Everything else gives fault.ErrKey.
-func OpenKeyless(ctx context.Context, st blob.Store) (*Repository, error) { return nil, errSoon }
+func OpenKeyless(ctx context.Context, st blob.Store) (*Repository, error) {
+	r, _, err := open(ctx, st)
+	return r, err
+}
+
+func open(ctx context.Context, st blob.Store) (*Repository, []byte, error) {
+	raw, err := readObject(ctx, st, configName)
+	if errors.Is(err, fault.ErrNotFound) {
+		return nil, nil, fmt.Errorf("%s holds no repository: %w", st, fault.ErrNotFound)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	conf, id, err := parseConfig(raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &Repository{
+		st: st, id: id, conf: conf,
+		mem:     pack.NewMemory(packMemory),
+		flight:  make(chan struct{}, packsInFlight),
+		slots:   map[*slot]struct{}{},
+		workers: map[int][]*pack.Worker{},
+		records: map[string]*record{},
+	}, raw, nil
+}
 
 // ID is the repository's name for itself, hexadecimal and stable.
-func (r *Repository) ID() string { return "" }
+func (r *Repository) ID() string { return hex.EncodeToString(r.id[:]) }
 
 // ChunkBytes is the size of all chunks but a disk's last.
-func (r *Repository) ChunkBytes() int64 { return 0 }
+func (r *Repository) ChunkBytes() int64 { return r.conf.ChunkBytes }
 
-// ChunkID names the chunk that holds plain.
-func (r *Repository) ChunkID(plain []byte) chunk.ID { return chunk.ID{} }
+// ChunkID names the chunk that holds plain. It is the zero ID in a repository
+// that was opened without keys.
+func (r *Repository) ChunkID(plain []byte) chunk.ID {
+	if r.keys == nil {
+		return chunk.ID{}
+	}
+	w := r.worker(readLevel)
+	defer r.idle(readLevel, w)
+	return w.ID(plain)
+}
+
+// Close ends the repository's use of memory, not the store. It may be called
+// twice.
+func (r *Repository) Close() error {
+	r.loadMu.Lock()
+	defer r.loadMu.Unlock()
+	r.hold = nil
+	r.workMu.Lock()
+	defer r.workMu.Unlock()
+	clear(r.workers)
+	return nil
+}
+
+// needKeys says why something cannot be done without keys.
+func (r *Repository) needKeys() error {
+	if r.keys == nil {
+		return fmt.Errorf("the repository was opened without keys: %w", fault.ErrKey)
+	}
+	return nil
+}
+
+// readLevel is the level of workers that only read.
+const readLevel = 1
+
+// worker gives a worker that nobody else uses; idle takes it back.
+func (r *Repository) worker(level int) *pack.Worker {
+	r.workMu.Lock()
+	defer r.workMu.Unlock()
+	if idle := r.workers[level]; len(idle) > 0 {
+		w := idle[len(idle)-1]
+		r.workers[level] = idle[:len(idle)-1]
+		return w
+	}
+	return pack.NewWorker(r.id, r.keys, level)
+}
+
+func (r *Repository) idle(level int, w *pack.Worker) {
+	r.workMu.Lock()
+	defer r.workMu.Unlock()
+	r.workers[level] = append(r.workers[level], w)
+}
 
 // Info says what the repository is and what it holds.
 type Info struct {
@@ -82,8 +182,36 @@ type Info struct {
 }
 
 // Info counts what is in the store; it lists every object.
-func (r *Repository) Info(ctx context.Context) (Info, error) { return Info{}, errSoon }
-
-// Close ends the repository's use of memory and locks, not the store. It may
-// be called twice.
-func (r *Repository) Close() error { return nil }
+func (r *Repository) Info(ctx context.Context) (Info, error) {
+	in := Info{ID: r.ID(), Format: r.conf.Format, ChunkBytes: r.conf.ChunkBytes}
+	for o, err := range r.st.List(ctx, "") {
+		if err != nil {
+			return in, err
+		}
+		in.StoredBytes += o.Bytes
+		switch {
+		case strings.HasPrefix(o.Name, "data/"):
+			in.Packs++
+		case strings.HasPrefix(o.Name, keysPrefix):
+			k, err := r.readKey(ctx, o.Name)
+			switch {
+			case err != nil:
+			case k.Kind == kindAge:
+				in.Recipients++
+			default:
+				in.Passphrases++
+			}
+		}
+	}
+	recs, err := r.list(ctx)
+	if err != nil {
+		return in, err
+	}
+	in.Points = int64(len(recs))
+	h, err := r.held(ctx)
+	if err != nil {
+		return in, err
+	}
+	in.Chunks, in.IndexBytes = h.table.Len(), h.table.Bytes()
+	return in, nil
+}

@@ -2,9 +2,17 @@ package repo
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"sync"
 
+	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo/internal/index"
+	"github.com/backstay/backstay/internal/repo/internal/manifest"
+	"github.com/backstay/backstay/internal/repo/internal/object"
 )
 
 // A Level says how hard to compress: "none", "fast", "default" or "high".
@@ -19,83 +27,338 @@ const (
 	LevelHigh    Level = "high"    // 9
 )
 
+// zstd gives the level of libzstd; 0 stands for no compression.
+func (l Level) zstd() (int, error) {
+	switch l {
+	case "", LevelFast:
+		return 1, nil
+	case LevelNone:
+		return 0, nil
+	case LevelDefault:
+		return 3, nil
+	case LevelHigh:
+		return 9, nil
+	}
+	return 0, fmt.Errorf("unknown compression level %q: want %s, %s, %s or %s", string(l), LevelNone, LevelFast, LevelDefault, LevelHigh)
+}
+
 // SessionOptions hold for one session.
 type SessionOptions struct {
 	Level Level
 }
 
+// writersLock is the lock that every session holds and a vacuum wants alone.
+const writersLock = "writers"
+
 // A Session stores the disks of one VM and publishes their restore points
 // together. Several at once share what they store.
-type Session struct{}
+//
+// It goes open → committed, failed or aborted, and never back.
+type Session struct {
+	r       *Repository
+	id      string
+	bin     [16]byte
+	level   int
+	ctx     context.Context // of the packs that are stored in the background
+	cancel  context.CancelFunc
+	release func()
+
+	mu       sync.Mutex
+	quiet    sync.Cond          // signalled when flying falls
+	flying   int                // packs full and not yet durable
+	err      error              // what broke the session
+	pending  map[index.Key]bool // chunks that are in packs not yet durable
+	slots    map[*slot]struct{} // packs that take records
+	tail     *slot              // what is left of streams that ended
+	stored   []index.Pack       // durable packs that no index names yet
+	indexes  int                // index objects written
+	finished map[point.ManifestID]*manifest.Spool
+	reused   map[point.ManifestID]bool // manifests of existing points that still hold
+	writers  []*DiskWriter
+	over     bool
+	unknown  bool // nobody can say whether the outcome was stored
+}
 
 // Begin starts a session. It holds a shared lock on the store, where the store
-// has locks, until Commit or Abort.
+// has locks, until Commit or Abort; a vacuum that runs elsewhere without
+// locks is revoked.
 func (r *Repository) Begin(ctx context.Context, o SessionOptions) (*Session, error) {
-	return nil, errSoon
+	if err := r.needKeys(); err != nil {
+		return nil, err
+	}
+	level, err := o.Level.zstd()
+	if err != nil {
+		return nil, err
+	}
+	release := func() {}
+	if l, ok := r.st.(blob.Locker); ok {
+		if release, err = l.Lock(ctx, writersLock, false); err != nil {
+			return nil, err
+		}
+	}
+	s := &Session{
+		r: r, level: level, release: release,
+		pending: map[index.Key]bool{}, slots: map[*slot]struct{}{},
+		finished: map[point.ManifestID]*manifest.Spool{}, reused: map[point.ManifestID]bool{},
+	}
+	s.quiet.L = &s.mu
+	// Packs outlive the call that filled them; Abort is what ends them early.
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	if err := s.begin(ctx); err != nil {
+		s.cancel()
+		release()
+		return nil, err
+	}
+	r.sessMu.Lock()
+	r.sessions++
+	r.sessMu.Unlock()
+	return s, nil
+}
+
+// begin announces the session, and only then looks for vacuums: see
+// docs/format/repository.md, "Vacuum and writers".
+func (s *Session) begin(ctx context.Context) (err error) {
+	if s.id, s.bin, err = newID(); err != nil {
+		return err
+	}
+	b, err := object.Encode(started{Format: formatVersion, Session: s.id})
+	if err != nil {
+		return err
+	}
+	if err := create(ctx, s.r.st, sessionPrefix+s.id, b); err != nil {
+		return fmt.Errorf("begin session: %w", err)
+	}
+	if err := s.r.settle(ctx); err != nil {
+		s.r.st.Delete(context.WithoutCancel(ctx), sessionPrefix+s.id)
+		return err
+	}
+	return nil
 }
 
 // ID is the session's name in the store.
-func (s *Session) ID() string { return "" }
+func (s *Session) ID() string { return s.id }
 
-// Disk starts a disk of sizeBytes. Chunks that are never mentioned are those
-// of previous, or holes where there is no previous.
-func (s *Session) Disk(ctx context.Context, sizeBytes int64, previous point.ManifestID) (*DiskWriter, error) {
-	return nil, errSoon
+// fail breaks the session: it can no longer commit.
+func (s *Session) fail(err error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil {
+		s.err = err
+	}
+	s.quiet.Broadcast()
+	return err
+}
+
+// broken is what broke the session, if anything did.
+func (s *Session) broken() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.over {
+		return errors.New("session is over")
+	}
+	return s.err
 }
 
 // PutBlob stores a small file.
 func (s *Session) PutBlob(ctx context.Context, data []byte) (point.Blob, error) {
-	return point.Blob{}, errSoon
+	b := point.Blob{SizeBytes: int64(len(data))}
+	if err := s.broken(); err != nil {
+		return b, err
+	}
+	sl := s.openSlot()
+	defer s.closeSlot(sl)
+	for len(data) > 0 {
+		part := data[:min(int64(len(data)), s.r.conf.ChunkBytes)]
+		data = data[len(part):]
+		w := s.r.worker(s.level)
+		id := w.ID(part)
+		_, _, err := s.store(ctx, sl, w, id, part)
+		s.r.idle(s.level, w)
+		if err != nil {
+			return b, err
+		}
+		b.Chunks = append(b.Chunks, id)
+	}
+	return b, nil
 }
 
 // Commit makes all of points exist, or none of them. It gives fault.ErrFenced
 // if the session was revoked meanwhile; then the backup may be repeated.
-func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) error { return errSoon }
+//
+// The order is the promise: packs, index, manifests and records are durable
+// before the outcome says that they count.
+func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) error {
+	if err := s.broken(); err != nil {
+		return fmt.Errorf("commit: %w", err)
+	}
+	if err := s.flush(ctx); err != nil {
+		return s.fail(err)
+	}
+	if err := s.writeIndex(ctx); err != nil {
+		return s.fail(err)
+	}
+	if err := s.writeManifests(ctx, points); err != nil {
+		return s.fail(err)
+	}
+	names, err := s.writeRecords(ctx, points)
+	if err != nil {
+		return s.fail(err)
+	}
+	o, err := s.r.decide(ctx, outcome{Of: s.id, State: committed, Points: names})
+	if err != nil {
+		s.unknown = true
+		return s.fail(fmt.Errorf("commit: %w", err))
+	}
+	if o.State == revoked {
+		return s.fail(fmt.Errorf("session %s: %w", s.id, fault.ErrFenced))
+	}
+	s.end()
+	// Only tidiness from here on: the points exist.
+	s.r.st.Delete(context.WithoutCancel(ctx), sessionPrefix+s.id)
+	return nil
+}
 
 // Abort ends a session that was not committed; after Commit it does nothing.
 // What was stored can be reused by the next backup until vacuum takes it.
-func (s *Session) Abort(ctx context.Context) error { return errSoon }
-
-// A DiskWriter takes the chunks of one disk, in any order and from several
-// goroutines.
-type DiskWriter struct{}
-
-// PutKind says what became of a chunk.
-type PutKind int
-
-// The kinds.
-const (
-	Hole  PutKind = iota // nothing but zeros
-	Same                 // what the previous point has at this index
-	Known                // in the repository already
-	New                  // stored now
-)
-
-// A Put is what became of one chunk.
-type Put struct {
-	Kind        PutKind
-	StoredBytes int64 // in a pack, overhead included; 0 unless Kind is New
+func (s *Session) Abort(ctx context.Context) error {
+	s.mu.Lock()
+	over, unknown := s.over, s.unknown
+	s.mu.Unlock()
+	if over {
+		return nil
+	}
+	s.cancel()
+	s.fail(errors.New("session was aborted"))
+	s.end()
+	if unknown {
+		// The outcome may or may not be there: make sure that one is.
+		if _, err := s.r.decide(ctx, outcome{Of: s.id, State: revoked}); err != nil {
+			return err
+		}
+	}
+	return s.r.st.Delete(ctx, sessionPrefix+s.id)
 }
 
-// Put stores chunk index. Plain may be reused when Put returns.
-func (w *DiskWriter) Put(ctx context.Context, index int64, plain []byte) (Put, error) {
-	return Put{}, errSoon
+// end lets go of everything that the session holds, when nothing is stored any
+// more. Durable packs that no index names are left to the next session.
+func (s *Session) end() {
+	s.mu.Lock()
+	s.over = true
+	for s.flying > 0 {
+		s.quiet.Wait()
+	}
+	slots, spools, writers, stored := s.slots, s.finished, s.writers, s.stored
+	s.slots, s.finished, s.writers, s.stored, s.tail = nil, nil, nil, nil, nil
+	s.mu.Unlock()
+	s.cancel()
+	for sl := range slots {
+		s.r.unlist(sl)
+		sl.mu.Lock()
+		if sl.b != nil {
+			sl.b.Free()
+			sl.b = nil
+		}
+		sl.mu.Unlock()
+	}
+	for _, sp := range spools {
+		sp.Close()
+	}
+	for _, w := range writers {
+		w.close()
+	}
+	if h := s.r.current(); h != nil && len(stored) > 0 {
+		h.mu.Lock()
+		h.orphans = append(h.orphans, stored...)
+		h.mu.Unlock()
+	}
+	s.release()
+	s.r.sessMu.Lock()
+	s.r.sessions--
+	s.r.sessMu.Unlock()
 }
 
-// Hole says that chunk index reads as zeros.
-func (w *DiskWriter) Hole(index int64) error { return errSoon }
-
-// Previous is the chunk that the previous point has at index; it is a hole
-// also behind the previous point's end.
-func (w *DiskWriter) Previous(ctx context.Context, index int64) (id chunk.ID, hole bool, err error) {
-	return chunk.ID{}, false, errSoon
+// current is the holdings if they are loaded.
+func (r *Repository) current() *holdings {
+	r.loadMu.RLock()
+	defer r.loadMu.RUnlock()
+	return r.hold
 }
 
-// ReadPrevious fills buf with the previous point's chunk index, verified by
-// id, and with zeros where that ends.
-func (w *DiskWriter) ReadPrevious(ctx context.Context, index int64, buf []byte) error {
-	return errSoon
+// writeIndex names all durable packs of this session, and those that a dead
+// writer left, in index objects.
+func (s *Session) writeIndex(ctx context.Context) (err error) {
+	s.mu.Lock()
+	packs := s.stored
+	s.stored = nil
+	s.mu.Unlock()
+	if h := s.r.current(); h != nil {
+		h.mu.Lock()
+		packs = append(h.orphans, packs...)
+		h.orphans = nil
+		h.mu.Unlock()
+	}
+	for len(packs) > 0 {
+		n, bytes := 0, int64(0)
+		for n < len(packs) && (n == 0 || bytes < index.CutBytes) {
+			bytes += packs[n].EncodedBytes()
+			n++
+		}
+		name := fmt.Sprintf("%s%s-%06d", indexPrefix, s.id, s.indexes)
+		if err := put(ctx, s.r.st, name, index.Encode(s.r.id, packs[:n])); err != nil {
+			s.mu.Lock()
+			s.stored = packs // end leaves them to the next session
+			s.mu.Unlock()
+			return fmt.Errorf("store index: %w", err)
+		}
+		s.indexes++
+		packs = packs[n:]
+	}
+	return nil
 }
 
-// Finish completes the disk. Its manifest is durable when Commit returns.
-func (w *DiskWriter) Finish(ctx context.Context) (point.ManifestID, error) { return "", errSoon }
+func (s *Session) writeManifests(ctx context.Context, points []*point.RestorePoint) error {
+	for _, p := range points {
+		for _, d := range p.Disks {
+			if s.reused[d.Manifest] {
+				continue
+			}
+			sp, ok := s.finished[d.Manifest]
+			if !ok {
+				return fmt.Errorf("%s: disk %s: manifest %.8s is not of this session", p.Ref(), d.ID, d.Manifest)
+			}
+			if err := s.r.st.Put(ctx, manifestName(d.Manifest), sp, sp.Size()); err != nil {
+				return fmt.Errorf("store manifest: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+func (s *Session) writeRecords(ctx context.Context, points []*point.RestorePoint) (names []string, err error) {
+	for i, p := range points {
+		name := fmt.Sprintf("%s-%06d", s.id, i)
+		b, err := s.r.encodeRecord(name, p)
+		if err != nil {
+			return nil, err
+		}
+		if err := put(ctx, s.r.st, pointPrefix+name, b); err != nil {
+			return nil, fmt.Errorf("store restore point: %w", err)
+		}
+		names = append(names, name)
+	}
+	return names, nil
+}
+
+// claim says whether chunk id need not be stored; if not, it is from now on
+// this caller's to store.
+func (s *Session) claim(h *holdings, id chunk.ID) (known bool) {
+	k := index.KeyOf(id)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// The order matters: a chunk enters the table before it leaves pending.
+	if s.pending[k] || h.stores(id) {
+		return true
+	}
+	s.pending[k] = true
+	return false
+}

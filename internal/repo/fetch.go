@@ -1,0 +1,434 @@
+package repo
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"slices"
+	"sync"
+
+	"github.com/backstay/backstay/internal/chunk"
+	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo/internal/index"
+	"github.com/backstay/backstay/internal/repo/internal/pack"
+)
+
+// How reads of a pack are joined, in bytes.
+const (
+	gapBytes = 128 << 10 // unwanted bytes that are read rather than skipped
+	runBytes = 4 << 20   // what one read asks for at most, but for one record
+)
+
+// windowChunks is how many chunk positions Fetch plans at once: 32 GiB of disk
+// at the default chunk size, in a few MB of memory.
+const windowChunks = 64 << 10
+
+// FetchOptions say how Fetch goes about it.
+type FetchOptions struct {
+	// Ordered asks for chunks in ascending order, one at a time. Otherwise
+	// they come in the order that reads packs best, from several goroutines.
+	Ordered bool
+	Workers int // 0 means one more than there are processors
+	// Skip, if not nil, is asked before a chunk is read.
+	Skip func(index int64, id chunk.ID) bool
+}
+
+// A want is one chunk that somebody wants: where it lies and where it goes.
+type want struct {
+	index int64 // of the chunk in the disk
+	id    chunk.ID
+	place index.Place
+}
+
+// end is the first byte behind the record in its pack.
+func (w *want) end() int64 {
+	return int64(w.place.Off) + pack.RecordOverhead + int64(w.place.CLen)
+}
+
+// Fetch reads every chunk in within that is no hole, verifies it by its id and
+// calls fn with it. Chunks are whole even where within cuts them; data is only
+// valid during fn. The first error ends it.
+func (d *Disk) Fetch(ctx context.Context, within extent.Extent, o FetchOptions, fn func(off int64, data []byte) error) error {
+	first, end, err := d.within(within)
+	if err != nil {
+		return err
+	}
+	if o.Workers <= 0 {
+		o.Workers = runtime.GOMAXPROCS(0) + 1
+	}
+	f := &fetch{d: d, fn: fn, workers: o.Workers}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	wants := make([]want, 0, min(windowChunks, end-first))
+	flush := func() error {
+		if len(wants) == 0 {
+			return nil
+		}
+		err := f.window(ctx, wants, o.Ordered)
+		wants = wants[:0]
+		return err
+	}
+	limit := cap(wants)
+	if o.Ordered {
+		limit = f.batch() * windowBatches
+	}
+	err = d.walk(ctx, first, end, func(i int64, id chunk.ID) error {
+		if o.Skip != nil && o.Skip(i, id) {
+			return nil
+		}
+		wants = append(wants, want{index: i, id: id})
+		if len(wants) >= limit {
+			return flush()
+		}
+		return nil
+	})
+	if err == nil {
+		err = flush()
+	}
+	return err
+}
+
+// windowBatches is how many batches an ordered Fetch plans at once.
+const windowBatches = 64
+
+type fetch struct {
+	d       *Disk
+	fn      func(off int64, data []byte) error
+	workers int
+	h       *holdings // that numbers the packs of this window
+}
+
+// batch is how many chunks an ordered Fetch decodes together.
+func (f *fetch) batch() int { return int(max(1, runBytes/f.d.ChunkBytes())) }
+
+// window fetches chunks whose indexes ascend.
+func (f *fetch) window(ctx context.Context, wants []want, ordered bool) error {
+	h, err := f.d.r.locate(ctx, wants)
+	if err != nil {
+		return err
+	}
+	f.h = h
+	if ordered {
+		return f.ordered(ctx, wants)
+	}
+	return f.unordered(ctx, wants)
+}
+
+// locate finds the place of each chunk. The numbers of packs are those of the
+// holdings that it gives.
+func (r *Repository) locate(ctx context.Context, wants []want) (*holdings, error) {
+	h, err := r.held(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for reloaded := false; ; reloaded = true {
+		err := h.locate(wants)
+		if err == nil || reloaded {
+			return h, err
+		}
+		// Another process may have stored it, or moved it, since we looked.
+		if h, err = r.reload(ctx, h); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (h *holdings) locate(wants []want) error {
+	for i := range wants {
+		p, in, ok := h.find(wants[i].id)
+		if !ok {
+			return fmt.Errorf("chunk %s: in no pack: %w", wants[i].id.Short(), fault.ErrCorrupt)
+		}
+		if in.state == packMissing {
+			return fmt.Errorf("chunk %s: %w", wants[i].id.Short(), fault.Corrupt(packLabel(in.id), -1, "it is not in the store"))
+		}
+		wants[i].place = p
+	}
+	return nil
+}
+
+// A run is what one read of one pack gives.
+type run struct {
+	pack  uint32
+	wants []want // by offset
+}
+
+func (u *run) off() int64 { return int64(u.wants[0].place.Off) }
+func (u *run) len() int64 { return u.wants[len(u.wants)-1].end() - u.off() }
+
+// runs cuts wants, sorted by pack and offset, into reads.
+func runs(wants []want) (out []run) {
+	for len(wants) > 0 {
+		n := 1
+		for n < len(wants) && wants[n].place.Pack == wants[0].place.Pack &&
+			int64(wants[n].place.Off)-wants[n-1].end() <= gapBytes &&
+			wants[n].end()-int64(wants[0].place.Off) <= runBytes {
+			n++
+		}
+		// The same record, wanted again elsewhere in the disk.
+		for n < len(wants) && wants[n].place == wants[n-1].place {
+			n++
+		}
+		out = append(out, run{wants[0].place.Pack, wants[:n]})
+		wants = wants[n:]
+	}
+	return out
+}
+
+// unordered takes packs in the order of their first chunk in the disk.
+func (f *fetch) unordered(ctx context.Context, wants []want) error {
+	rank := map[uint32]int{}
+	for _, w := range wants {
+		if _, ok := rank[w.place.Pack]; !ok {
+			rank[w.place.Pack] = len(rank)
+		}
+	}
+	slices.SortFunc(wants, func(a, b want) int {
+		return cmp.Or(cmp.Compare(rank[a.place.Pack], rank[b.place.Pack]), cmp.Compare(a.place.Off, b.place.Off), cmp.Compare(a.index, b.index))
+	})
+	jobs := make(chan run)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for range f.workers {
+		wg.Go(func() {
+			w := f.newReader()
+			defer w.close()
+			for u := range jobs {
+				err := w.run(ctx, u, func(index int64, data []byte) error {
+					return f.fn(index*f.d.ChunkBytes(), data)
+				})
+				if err != nil {
+					cancel(err)
+					return
+				}
+			}
+		})
+	}
+	for _, u := range runs(wants) {
+		select {
+		case jobs <- u:
+			continue
+		case <-ctx.Done():
+		}
+		break
+	}
+	close(jobs)
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// ordered decodes batches of neighbouring chunks ahead and hands them out in
+// turn. There are never more batches in memory than workers and one.
+func (f *fetch) ordered(ctx context.Context, wants []want) error {
+	type batch struct {
+		wants []want
+		data  [][]byte // by position in wants
+		done  chan error
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	n := f.batch()
+	jobs, turns := make(chan *batch), make(chan *batch, f.workers)
+	free := make(chan [][]byte, f.workers+1)
+	for range f.workers + 1 {
+		free <- make([][]byte, n)
+	}
+	var wg sync.WaitGroup
+	for range f.workers {
+		wg.Go(func() {
+			w := f.newReader()
+			defer w.close()
+			for b := range jobs {
+				b.done <- f.decode(ctx, w, b.wants, b.data)
+			}
+		})
+	}
+	wg.Go(func() {
+		defer close(turns)
+		defer close(jobs)
+		for len(wants) > 0 {
+			k := min(n, len(wants))
+			b := &batch{wants: wants[:k], done: make(chan error, 1)}
+			wants = wants[k:]
+			select {
+			case b.data = <-free:
+			case <-ctx.Done():
+				return
+			}
+			select {
+			case jobs <- b:
+				turns <- b // has room for all that are out
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	var err error
+	for b := range turns {
+		if e := <-b.done; err == nil {
+			err = e
+		}
+		for i := range b.wants {
+			if err == nil {
+				err = f.fn(b.wants[i].index*f.d.ChunkBytes(), b.data[i])
+			}
+		}
+		if err != nil {
+			cancel(err)
+		}
+		free <- b.data
+	}
+	wg.Wait()
+	if err == nil {
+		err = context.Cause(ctx)
+	}
+	return err
+}
+
+// decode fills data[i] with the chunk wants[i].
+func (f *fetch) decode(ctx context.Context, w *reader, wants []want, data [][]byte) error {
+	at := make(map[int64]int, len(wants))
+	for i := range wants {
+		at[wants[i].index] = i
+	}
+	sorted := slices.Clone(wants)
+	slices.SortFunc(sorted, func(a, b want) int {
+		return cmp.Or(cmp.Compare(a.place.Pack, b.place.Pack), cmp.Compare(a.place.Off, b.place.Off))
+	})
+	for _, u := range runs(sorted) {
+		err := w.run(ctx, u, func(index int64, plain []byte) error {
+			i := at[index]
+			data[i] = append(data[i][:0], plain...)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// A reader reads runs with memory of its own.
+type reader struct {
+	d     *Disk
+	h     *holdings
+	w     *pack.Worker
+	buf   []byte
+	plain []byte
+}
+
+func (f *fetch) newReader() *reader { return &reader{d: f.d, h: f.h, w: f.d.r.worker(readLevel)} }
+
+func (w *reader) close() { w.d.r.idle(readLevel, w.w) }
+
+// run reads the run and calls fn for each of its chunks.
+func (w *reader) run(ctx context.Context, u run, fn func(index int64, data []byte) error) error {
+	w.h.mu.RLock()
+	p := w.h.packs[u.pack]
+	w.h.mu.RUnlock()
+	if n := u.len(); int64(cap(w.buf)) < n {
+		w.buf = make([]byte, max(n, runBytes+pack.RecordOverhead))
+	}
+	buf := w.buf[:u.len()]
+	n, err := w.d.r.st.ReadAt(ctx, p.name(), buf, u.off())
+	if errors.Is(err, fault.ErrNotFound) {
+		return w.single(ctx, u, fn)
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("%s: %w", packLabel(p.id), err)
+	}
+	buf = buf[:n]
+	for i := range u.wants {
+		t := &u.wants[i]
+		if i == 0 || t.place != u.wants[i-1].place || t.id != u.wants[i-1].id {
+			lo := int64(t.place.Off) - u.off()
+			if t.end()-u.off() > int64(n) {
+				w.d.r.distrust(t.id)
+				return &fault.CorruptError{Object: packLabel(p.id), Offset: int64(t.place.Off), Err: io.ErrUnexpectedEOF}
+			}
+			if w.plain, err = w.d.r.openRecord(w.w, w.plain, buf[lo:t.end()-u.off()], t.id, p, t.place); err != nil {
+				return err
+			}
+		}
+		if want := w.d.extent(t.index).Len; int64(len(w.plain)) != want {
+			return fault.Corrupt("manifest "+string(w.d.id[:8]), -1, "chunk %d is %d bytes long, want %d", t.index, len(w.plain), want)
+		}
+		if err := fn(t.index, w.plain); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// single reads chunk by chunk what moved since it was located.
+func (w *reader) single(ctx context.Context, u run, fn func(index int64, data []byte) error) error {
+	for _, t := range u.wants {
+		plain, err := w.d.r.readChunk(ctx, w.w, t.id, w.d.extent(t.index).Len)
+		if err != nil {
+			return err
+		}
+		if err := fn(t.index, plain); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// openRecord opens a record read from pack p. What does not open is stored
+// again by the next writer that meets the chunk.
+func (r *Repository) openRecord(w *pack.Worker, dst, rec []byte, id chunk.ID, p heldPack, at index.Place) ([]byte, error) {
+	plain, err := w.Open(dst, rec, id)
+	switch {
+	case err == nil:
+		return plain, nil
+	case errors.Is(err, fault.ErrUnsupported):
+		return nil, err
+	}
+	r.distrust(id)
+	return nil, &fault.CorruptError{Object: packLabel(p.id), Offset: int64(at.Off), Err: err}
+}
+
+func (r *Repository) distrust(id chunk.ID) {
+	if h := r.current(); h != nil {
+		h.distrust(id)
+	}
+}
+
+// readChunk reads one chunk of want bytes, in new memory.
+func (r *Repository) readChunk(ctx context.Context, w *pack.Worker, id chunk.ID, bytes int64) ([]byte, error) {
+	for try := 0; ; try++ {
+		h, err := r.locate(ctx, []want{{id: id}})
+		if err != nil {
+			return nil, err
+		}
+		at, p, _ := h.find(id) // locate found it
+		buf := make([]byte, pack.RecordOverhead+int64(at.CLen))
+		n, err := r.st.ReadAt(ctx, p.name(), buf, int64(at.Off))
+		switch {
+		case errors.Is(err, fault.ErrNotFound) && try == 0:
+			// A vacuum moved it since we loaded the index.
+			if _, err := r.reload(ctx, h); err != nil {
+				return nil, err
+			}
+			continue
+		case err != nil && !errors.Is(err, io.EOF):
+			return nil, fmt.Errorf("%s: %w", packLabel(p.id), err)
+		case n < len(buf):
+			r.distrust(id)
+			return nil, &fault.CorruptError{Object: packLabel(p.id), Offset: int64(at.Off), Err: io.ErrUnexpectedEOF}
+		}
+		plain, err := r.openRecord(w, nil, buf, id, p, at)
+		if err != nil {
+			return nil, err
+		}
+		if int64(len(plain)) != bytes {
+			return nil, fmt.Errorf("chunk %s is %d bytes long, want %d: %w", id.Short(), len(plain), bytes, fault.ErrCorrupt)
+		}
+		return plain, nil
+	}
+}

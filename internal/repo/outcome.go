@@ -1,0 +1,157 @@
+package repo
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/oklog/ulid/v2"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo/internal/object"
+)
+
+const (
+	sessionPrefix = "session/"
+	outcomePrefix = "outcome/"
+	vacuumPrefix  = "vacuum/"
+	committed     = "committed"
+	revoked       = "revoked"
+)
+
+// outcome is what became of a session or a vacuum.
+type outcome struct {
+	Format int      `json:"format"`
+	Of     string   `json:"of"`
+	State  string   `json:"state"`
+	Points []string `json:"points,omitempty"` // of a session: the records it made exist
+	Delete []string `json:"delete,omitempty"` // of a vacuum: the objects to delete, in order
+}
+
+// started is session/… and vacuum/….
+type started struct {
+	Format  int    `json:"format"`
+	Session string `json:"session,omitempty"`
+	Vacuum  string `json:"vacuum,omitempty"`
+}
+
+// newID makes a ULID that nobody will ever make again: no promise of the
+// repository rests on its time.
+func newID() (s string, b [16]byte, err error) {
+	u, err := ulid.New(ulid.Now(), rand.Reader)
+	return strings.ToLower(u.String()), u, err
+}
+
+// isID says whether s is a ULID as names hold it.
+func isID(s string) bool {
+	_, err := ulid.ParseStrict(strings.ToUpper(s))
+	return err == nil && strings.ToLower(s) == s
+}
+
+// outcomeOf reads the outcome of a session or vacuum; State is empty where
+// there is none.
+func (r *Repository) outcomeOf(ctx context.Context, id string) (o outcome, err error) {
+	name := outcomePrefix + id
+	b, err := readObject(ctx, r.st, name)
+	if errors.Is(err, fault.ErrNotFound) {
+		return o, nil
+	}
+	if err != nil {
+		return o, err
+	}
+	if err := object.Decode(name, b, &o); err != nil {
+		return o, err
+	}
+	if o.Format > formatVersion {
+		return o, fmt.Errorf("%s has format %d, this version reads up to %d: %w", name, o.Format, formatVersion, fault.ErrUnsupported)
+	}
+	if o.Of != id || o.State != committed && o.State != revoked {
+		return o, fault.Corrupt(name, -1, "it says %q of %q", o.State, o.Of)
+	}
+	return o, nil
+}
+
+// decide creates the outcome of o.Of and gives the one that then holds, which
+// somebody else may have been faster to create.
+func (r *Repository) decide(ctx context.Context, o outcome) (outcome, error) {
+	o.Format = formatVersion
+	b, err := object.Encode(o)
+	if err != nil {
+		return o, err
+	}
+	err = create(ctx, r.st, outcomePrefix+o.Of, b)
+	if err == nil {
+		return o, nil
+	}
+	// A Create that failed may have stored the object nevertheless, and one
+	// that found it there may have been our own, repeated: only the object
+	// itself can tell.
+	held, rerr := r.outcomeOf(ctx, o.Of)
+	if rerr != nil {
+		return o, errors.Join(err, rerr)
+	}
+	if held.State == "" {
+		return o, err
+	}
+	return held, nil
+}
+
+// aVacuum is one of vacuum/ with its outcome.
+type aVacuum struct {
+	id      string
+	outcome outcome
+}
+
+// vacuums lists all vacuums that began and are not yet cleaned away.
+func (r *Repository) vacuums(ctx context.Context) (vs []aVacuum, err error) {
+	for o, err := range r.st.List(ctx, vacuumPrefix) {
+		if err != nil {
+			return nil, err
+		}
+		id := strings.TrimPrefix(o.Name, vacuumPrefix)
+		if !isID(id) {
+			continue
+		}
+		out, err := r.outcomeOf(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		vs = append(vs, aVacuum{id, out})
+	}
+	return vs, nil
+}
+
+// settle makes sure that no vacuum that began before this session can delete
+// what the session will refer to: it revokes those that have not committed,
+// and loads the index again if one did.
+func (r *Repository) settle(ctx context.Context) error {
+	vs, err := r.vacuums(ctx)
+	if err != nil {
+		return err
+	}
+	names := ""
+	for _, v := range vs {
+		names += v.id + "\n"
+		if v.outcome.State != "" {
+			continue
+		}
+		o, err := r.decide(ctx, outcome{Of: v.id, State: revoked})
+		if err != nil {
+			return err
+		}
+		if o.State == committed {
+			names = "" // it committed just now: load whatever the names are
+			break
+		}
+	}
+	h, err := r.held(ctx)
+	if err != nil {
+		return err
+	}
+	if h.vacuums != names {
+		_, err = r.reload(ctx, h)
+	}
+	return err
+}
