@@ -31,6 +31,7 @@ type Guest struct {
 	Kernel   string // file names
 	Initrd   string
 	Workload string // the guest's own program, which runs on the host, too
+	boot     string // the first 48 MiB of a disk that boots by itself
 
 	// KernelVersion is as the Debian package says it: "6.1.0-56-cloud-amd64".
 	KernelVersion string
@@ -112,7 +113,7 @@ func build(ctx context.Context, cache string, o BuildOptions) (*Guest, error) {
 // that a new program does not boot an old guest.
 func recipeVersion() (string, error) {
 	h := sha256.New()
-	fmt.Fprintln(h, "recipe 2", guestModules)
+	fmt.Fprintln(h, "recipe 3", guestModules)
 	err := fs.WalkDir(recipe, ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
@@ -129,8 +130,9 @@ func readGuest(dir string) (*Guest, error) {
 		Kernel:   filepath.Join(dir, "vmlinuz"),
 		Initrd:   filepath.Join(dir, "initrd.img"),
 		Workload: filepath.Join(dir, "workload"),
+		boot:     filepath.Join(dir, "boot.img"),
 	}
-	for _, f := range []string{g.Kernel, g.Initrd, g.Workload} {
+	for _, f := range []string{g.Kernel, g.Initrd, g.Workload, g.boot} {
 		if _, err := os.Stat(f); err != nil {
 			return nil, err
 		}
@@ -187,7 +189,10 @@ func makeGuest(ctx context.Context, packages, work string, log func(string, ...a
 	if err := writeCPIO(out, tree); err != nil {
 		return err
 	}
-	return out.Close()
+	if err := out.Close(); err != nil {
+		return err
+	}
+	return debs.makeBoot(ctx, guest, filepath.Join(work, "loader"))
 }
 
 // fillTree puts the guest's root directory together.

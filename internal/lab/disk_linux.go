@@ -22,6 +22,10 @@ type DiskOptions struct {
 	Format    string // "raw" or "qcow2"; "" for what the name's end says
 	Label     string // "" for RootLabel
 
+	// Bootable puts a boot loader, the kernel and the initramfs before the file
+	// system, which then is the second partition.
+	Bootable bool
+
 	// FillBytes is how much generated content the file system begins with, in
 	// files below /fill that "workload check -dir" can judge; Seed chooses
 	// which.
@@ -29,8 +33,8 @@ type DiskOptions struct {
 	Seed      int64
 }
 
-// CreateDisk makes a disk image with an ext4 file system over its whole
-// length. It fails if there is a file of that name.
+// CreateDisk makes a disk image with an ext4 file system, over its whole
+// length if nothing boots from it. It fails if there is a file of that name.
 func (g *Guest) CreateDisk(ctx context.Context, name string, o DiskOptions) error {
 	if err := g.createDisk(ctx, name, o); err != nil {
 		return fmt.Errorf("create disk %s: %w", name, err)
@@ -73,7 +77,14 @@ func (g *Guest) createDisk(ctx context.Context, name string, o DiskOptions) erro
 	if err := os.Truncate(raw, o.SizeBytes); err != nil {
 		return err
 	}
-	err = runQuiet(exec.CommandContext(ctx, "/sbin/mke2fs", "-q", "-F", "-t", "ext4", "-L", o.Label, "-d", tree, raw))
+	var from int64 // where the file system begins
+	if o.Bootable {
+		if from, err = writeBoot(raw, g.boot, o.SizeBytes); err != nil {
+			return err
+		}
+	}
+	err = runQuiet(exec.CommandContext(ctx, "/sbin/mke2fs", "-q", "-F", "-t", "ext4", "-L", o.Label, "-d", tree,
+		"-E", fmt.Sprintf("offset=%d", from), raw, strconv.FormatInt((o.SizeBytes-from)>>10, 10)+"k"))
 	if err != nil {
 		return err
 	}

@@ -1,5 +1,6 @@
 #!/bin/busybox sh
-# The first process of the lab's guest. The kernel's command line chooses:
+# The first process of the lab's guest. The kernel's command line and the serial
+# number that the VM's definition gives the machine choose:
 #   lab.agent=0     no guest agent           lab.hook=0   an agent without its freeze hook
 #   lab.workload=0  nothing writes           lab.every=MS time between two records
 #   lab.probe       say hello and power off
@@ -14,7 +15,7 @@ exec >/dev/ttyS0 2>&1 </dev/null
 echo "LAB user space"
 
 option() { # option NAME DEFAULT
-	for word in $(cat /proc/cmdline); do
+	for word in $(cat /proc/cmdline /sys/class/dmi/id/product_serial 2>/dev/null); do
 		case $word in "lab.$1="*) echo "${word#*=}"; return ;; "lab.$1") echo 1; return ;; esac
 	done
 	echo "$2"
@@ -63,6 +64,6 @@ if [ "$(option agent 1)" != 0 ]; then
 	port=/dev/virtio-ports/org.qemu.guest_agent.0
 	/usr/sbin/qemu-ga -m virtio-serial -p $port $hook -t /run -f /run/qga.pid -l /run/qga.log &
 fi
-echo "LAB ready, boot $boots"
+echo "LAB ready: boot $boots, agent $(option agent 1), hook $(option hook 1)"
 # The first process must reap what others leave behind.
 while true; do wait; sleep 1; done

@@ -71,7 +71,7 @@ func TestGuestLife(t *testing.T) {
 		}
 	}
 	disk := l.Path("vda.qcow2")
-	must(g.CreateDisk(ctx, disk, DiskOptions{}))
+	must(g.CreateDisk(ctx, disk, DiskOptions{Bootable: true}))
 	data := l.Path("vdb.raw")
 	must(g.CreateDisk(ctx, data, DiskOptions{SizeBytes: 64 << 20, Label: DataLabel, FillBytes: 3<<20 + 5, Seed: 4}))
 	vm, err := l.Define(ctx, g, VMOptions{Name: "lab-life", Disks: []VMDisk{{Path: disk}, {Path: data}}})
@@ -116,8 +116,28 @@ func TestGuestLife(t *testing.T) {
 	must(vm.WaitAgent(ctx))
 	must(vm.Shutdown(ctx))
 
-	copied, err := l.Define(ctx, g, VMOptions{Name: "lab-copy", Disks: []VMDisk{{Path: l.Path("frozen.qcow2")}}})
+	// From the disk alone this time, as a restored VM would.
+	copied, err := l.Define(ctx, g, VMOptions{Name: "lab-copy", FromDisk: true, NoAgent: true, Disks: []VMDisk{{Path: l.Path("frozen.qcow2")}}})
 	must(err)
 	must(copied.Start(ctx))
 	must(copied.WaitSerial(ctx, 0, "WORKLOAD VERIFY OK app-consistent"))
+	must(copied.WaitSerial(ctx, 0, "LAB ready: boot 2, agent 0, hook 1"))
+}
+
+// Whatever /dev/kvm is here, the answer comes in time, and a "yes" was proved.
+func TestProbeKVMEnds(t *testing.T) {
+	need(t)
+	g, err := Build(t.Context(), "", BuildOptions{Log: t.Logf})
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := time.Now()
+	works := ProbeKVM(t.Context(), g)
+	t.Logf("KVM works: %v, known after %v", works, time.Since(start))
+	if took := time.Since(start); took > probeTime+5*time.Second {
+		t.Errorf("took %v", took)
+	}
+	if _, err := os.Stat("/dev/kvm"); err != nil && works {
+		t.Error("KVM works without /dev/kvm")
+	}
 }

@@ -40,6 +40,10 @@ type VMOptions struct {
 	NoWorkload bool          // nothing writes by itself
 	Every      time.Duration // between two records of the workload; 0 for 20 ms
 
+	// FromDisk boots what the first disk has; without it QEMU is handed the
+	// kernel.
+	FromDisk bool
+
 	KVM bool // hardware virtualisation; ask ProbeKVM first
 
 	// NVRAM gives the VM UEFI firmware with its variables in this file, made
@@ -66,15 +70,25 @@ var domainXML = template.Must(template.New("domain").Funcs(template.FuncMap{"x":
   <name>{{x .Name}}</name>
   <memory unit='MiB'>{{.MemoryMiB}}</memory>
   <vcpu>1</vcpu>
+  {{- if .Words}}
+  <sysinfo type='smbios'><system><entry name='serial'>{{x .Words}}</entry></system></sysinfo>
+  {{- end}}
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>
 {{- if .NVRAM}}
     <loader readonly='yes' type='pflash'>{{.Code}}</loader>
     <nvram template='{{.Vars}}'>{{x .NVRAM}}</nvram>
 {{- end}}
+{{- if .FromDisk}}
+    <boot dev='hd'/>
+{{- else}}
     <kernel>{{x .Kernel}}</kernel>
     <initrd>{{x .Initrd}}</initrd>
     <cmdline>{{x .Cmdline}}</cmdline>
+{{- end}}
+{{- if .Words}}
+    <smbios mode='sysinfo'/>
+{{- end}}
   </os>
   <features><acpi/><apic/></features>
   <cpu mode='maximum'/>
@@ -119,15 +133,17 @@ func (l *Libvirt) Define(ctx context.Context, g *Guest, o VMOptions) (*VM, error
 	v := &VM{Name: o.Name, lab: l}
 	d := struct {
 		VMOptions
-		Type, Kernel, Initrd, Cmdline, Serial, Code, Vars string
+		Type, Kernel, Initrd, Cmdline, Words, Serial, Code, Vars string
 	}{VMOptions: o, Type: "qemu", Kernel: filepath.Join(dir, "vmlinuz"), Initrd: filepath.Join(dir, "initrd.img"),
 		Serial: v.serialFile(), Code: uefiCode, Vars: uefiVars}
-	// Copies: libvirt changes the owner of what it hands to QEMU.
-	if err := copyFile(g.Kernel, d.Kernel, 0o644); err != nil {
-		return fail(err)
-	}
-	if err := copyFile(g.Initrd, d.Initrd, 0o644); err != nil {
-		return fail(err)
+	if !o.FromDisk {
+		// Copies: libvirt changes the owner of what it hands to QEMU.
+		if err := copyFile(g.Kernel, d.Kernel, 0o644); err != nil {
+			return fail(err)
+		}
+		if err := copyFile(g.Initrd, d.Initrd, 0o644); err != nil {
+			return fail(err)
+		}
 	}
 	if o.KVM {
 		d.Type = "kvm"
@@ -145,7 +161,7 @@ func (l *Libvirt) Define(ctx context.Context, g *Guest, o VMOptions) (*VM, error
 		}
 		d.Disks = append(d.Disks, disk)
 	}
-	d.Cmdline = cmdline(o)
+	d.Cmdline, d.Words = quickBoot, words(o)
 	var text bytes.Buffer
 	if err := domainXML.Execute(&text, d); err != nil {
 		return fail(err)
@@ -160,10 +176,13 @@ func (l *Libvirt) Define(ctx context.Context, g *Guest, o VMOptions) (*VM, error
 	return v, nil
 }
 
-// cmdline is the kernel's command line: what makes an emulated machine boot
-// fast, and what init.sh is told.
-func cmdline(o VMOptions) string {
-	words := []string{"console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable cryptomgr.notests random.trust_cpu=on"}
+// quickBoot is the part of the kernel's command line that makes an emulated
+// machine boot fast.
+const quickBoot = "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable cryptomgr.notests random.trust_cpu=on"
+
+// words are what init.sh is told.
+func words(o VMOptions) string {
+	var words []string
 	if o.NoAgent {
 		words = append(words, "lab.agent=0")
 	}
