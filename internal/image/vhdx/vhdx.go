@@ -1,0 +1,338 @@
+// Package vhdx reads and writes VHDX, the image format of Hyper-V: fixed,
+// dynamic and differencing disks.
+//
+//	0        "vhdxfile", the program that made it
+//	64 KiB   header, twice: where the log is, and whether it must be replayed
+//	192 KiB  table of regions, twice: where the rest is
+//	1 MiB    log, metadata, block allocation table, blocks, in any order
+//
+// All numbers are little-endian and all regions begin at whole MiB. Headers,
+// region tables and log entries have a CRC-32C; metadata, table and blocks
+// have none.
+package vhdx
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"slices"
+	"strings"
+
+	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
+)
+
+// States of a block in the table. 4 and 5 are reserved.
+const (
+	stateNotPresent = 0 // the parent's, or nobody's
+	stateUndefined  = 1
+	stateZero       = 2
+	stateUnmapped   = 3 // given back by the guest; may still have an offset
+	statePresent    = 6
+	statePartial    = 7 // the bitmap says which sectors
+)
+
+// bitmapBytes is the length of a bitmap of sectors, of which every chunk of a
+// differencing disk has one.
+const bitmapBytes = mib
+
+// Image is a VHDX, opened read-only.
+type Image struct {
+	file     image.File
+	src      io.ReaderAt // file, with what its log changes
+	bytes    int64       // of src
+	creator  string
+	header   header
+	meta     metadata
+	table    region
+	taken    []region // sorted: no block lies there
+	ratio    int64    // blocks in a chunk
+	cut      bool     // the file may end inside its last block
+	warnings []string
+
+	pages *layer.Pages
+	disk  layer.Disk
+}
+
+var _ image.Image = (*Image)(nil)
+
+// Open opens a VHDX. A dirty log is replayed in memory. The parent of a
+// differencing disk comes from parent, by the names that the locator gives,
+// relative ones first, until one has the right DataWriteGuid; if parent is nil
+// a differencing disk gives ErrNotAllowed. The Image owns f and its parent;
+// where Open fails, f is still the caller's.
+func Open(f image.File, parent image.OpenParent) (*Image, error) {
+	img, err := OpenLayer(f)
+	if err != nil {
+		return nil, err
+	}
+	if img.meta.differencing {
+		if img.disk.Parent, err = img.openParent(parent); err != nil {
+			return nil, err
+		}
+	}
+	return img, nil
+}
+
+// OpenLayer opens one layer of a chain and no parent: what the layer does not
+// hold is Absent and reads as zeros.
+func OpenLayer(f image.File) (*Image, error) {
+	if !Probe(f) {
+		return nil, fmt.Errorf("%s is no VHDX: it does not begin with %q: %w", f.Name(), signature, fault.ErrCorrupt)
+	}
+	var id [512]byte
+	if err := readFull(f, f.Name(), id[:], 8); err != nil {
+		return nil, err
+	}
+	img := &Image{file: f, src: f, bytes: f.Bytes(), creator: utf16Text(id[:])}
+	var err error
+	if img.header, img.cut, err = readHeaders(f); err != nil {
+		return nil, err
+	}
+	if img.header.log != (guid{}) {
+		r, err := replay(f, img.header)
+		if err != nil {
+			return nil, err
+		}
+		img.src, img.bytes = r, r.bytes
+		img.warnings = append(img.warnings, fmt.Sprintf("dirty log: %d entries were replayed in memory", r.entries))
+	}
+	var reg region
+	if img.table, reg, img.taken, err = readRegions(img.src, f.Name(), img.bytes, img.header); err != nil {
+		return nil, err
+	}
+	if img.meta, err = readMetadata(img.src, f.Name(), reg); err != nil {
+		return nil, err
+	}
+	slices.SortFunc(img.taken, func(a, b region) int { return int((a.off - b.off) / mib) })
+	img.ratio = chunkRatio(img.meta)
+	if n := tableEntries(img.meta); n > img.table.bytes/8 {
+		return nil, fault.Corrupt(f.Name(), img.table.off, "a table of %d bytes where %d entries are needed", img.table.bytes, n)
+	}
+	img.pages = layer.NewPages(f.Name(), img.src, img.bytes)
+	img.disk = layer.Disk{Name: f.Name(), File: img.src, Bytes: img.meta.diskBytes, Map: img.mapBlock}
+	return img, nil
+}
+
+// Probe says whether f begins like a VHDX.
+func Probe(f image.File) bool {
+	var p [len(signature)]byte
+	n, _ := f.ReadAt(p[:], 0)
+	return string(p[:n]) == signature
+}
+
+// chunkRatio is how many blocks share a bitmap of sectors.
+func chunkRatio(m metadata) int64 { return bitmapBytes * 8 * m.logicalSector / m.blockBytes }
+
+// tableEntries is how many entries the table has at least: the blocks', and
+// one for a bitmap after those of every chunk.
+func tableEntries(m metadata) int64 {
+	blocks, ratio := (m.diskBytes+m.blockBytes-1)/m.blockBytes, chunkRatio(m)
+	if m.differencing {
+		return (blocks + ratio - 1) / ratio * (ratio + 1)
+	}
+	return blocks + max(blocks-1, 0)/ratio
+}
+
+func (img *Image) openParent(open image.OpenParent) (image.Image, error) {
+	names := img.meta.parentNames()
+	if open == nil {
+		return nil, fmt.Errorf("%s: parent %q: %w", img.file.Name(), strings.Join(names, `", "`), image.ErrNotAllowed)
+	}
+	links := img.meta.linkages()
+	if len(names) == 0 || len(links) == 0 {
+		return nil, fault.Corrupt(img.file.Name(), -1, "a differencing disk that names no parent or no parent_linkage")
+	}
+	var first error
+	for _, name := range names {
+		p, err := open(name, image.VHDX)
+		if err == nil {
+			info := p.Info()
+			switch {
+			case !slices.Contains(links, info.Identity):
+				err = fault.Corrupt(img.file.Name(), -1, "its parent has the DataWriteGuid %s, but %q has %s: the parent was written to since, or is another", links[0], name, info.Identity)
+			case info.SectorBytes != int(img.meta.logicalSector):
+				err = fault.Corrupt(img.file.Name(), -1, "it has sectors of %d bytes and its parent %q of %d", img.meta.logicalSector, name, info.SectorBytes)
+			default:
+				if info.VirtualBytes != img.meta.diskBytes {
+					img.warnings = append(img.warnings, fmt.Sprintf("the parent has %d bytes and this disk %d", info.VirtualBytes, img.meta.diskBytes))
+				}
+				return p, nil
+			}
+			p.Close()
+		}
+		// A name that leads nowhere says less than one that led to something wrong.
+		if first == nil || missing(first) && !missing(err) {
+			first = err
+		}
+	}
+	return nil, fmt.Errorf("%s: parent: %w", img.file.Name(), first)
+}
+
+func missing(err error) bool {
+	return errors.Is(err, image.ErrNotAllowed) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fault.ErrNotFound)
+}
+
+// Size is the virtual size in bytes.
+func (img *Image) Size() int64 { return img.disk.Bytes }
+
+// ReadAt reads the virtual disk.
+func (img *Image) ReadAt(p []byte, off int64) (int, error) { return img.disk.ReadAt(p, off) }
+
+// Extents walks the virtual disk and, where the layer holds nothing, its
+// parents.
+func (img *Image) Extents(ctx context.Context, within extent.Extent) iter.Seq2[image.Extent, error] {
+	return img.disk.Extents(ctx, within)
+}
+
+// Close closes the file and the parents.
+func (img *Image) Close() error {
+	err := img.file.Close()
+	if img.disk.Parent != nil {
+		err = errors.Join(err, img.disk.Parent.Close())
+	}
+	return err
+}
+
+// Info tells what headers and metadata say. Identity is the DataWriteGuid, by
+// which children know their parent.
+func (img *Image) Info() image.Info {
+	info := image.Info{
+		Format: image.VHDX, Variant: "dynamic", Version: 1,
+		VirtualBytes: img.meta.diskBytes, FileBytes: img.file.Bytes(),
+		BlockBytes: img.meta.blockBytes, SectorBytes: int(img.meta.logicalSector),
+		Creator:  img.creator,
+		Identity: img.header.dataWrite.String(),
+		Warnings: img.warnings,
+		FormatDetails: map[string]string{
+			"disk identity":         img.meta.diskID.String(),
+			"physical sector bytes": fmt.Sprint(img.meta.physicalSector),
+		},
+	}
+	switch {
+	case img.meta.differencing:
+		info.Variant = "differencing"
+		info.ParentFormat = image.VHDX
+		if names := img.meta.parentNames(); len(names) > 0 {
+			info.Parent = names[0]
+		}
+		info.FormatDetails["parent identity"] = strings.Join(img.meta.linkages(), " ")
+	case img.meta.fixed:
+		info.Variant = "fixed"
+	}
+	return info
+}
+
+// entry reads an entry of the table: a state and an offset in the file.
+func (img *Image) entry(n int64) (state int, off int64, err error) {
+	var p [8]byte
+	if err := img.pages.Read(p[:], img.table.off+8*n); err != nil {
+		return 0, 0, err
+	}
+	e := binary.LittleEndian.Uint64(p[:])
+	return int(e & 7), int64(e &^ (mib - 1) & (1<<63 - 1)), nil
+}
+
+// mapBlock looks one block up, and of a partial one one run of its bitmap.
+func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
+	block, within := off/img.meta.blockBytes, off%img.meta.blockBytes
+	e := image.Extent{Extent: extent.Extent{Off: off, Len: min(n, img.meta.blockBytes-within)}, FileOffset: -1}
+	index := block + block/img.ratio
+	state, at, err := img.entry(index)
+	if err != nil {
+		return e, err
+	}
+	bad := func(format string, args ...any) (image.Extent, error) {
+		return e, fault.Corrupt(img.file.Name(), img.table.off+8*index, "block %d: %w", block, fmt.Errorf(format, args...))
+	}
+	switch {
+	case state == stateNotPresent:
+		return e, nil
+	case state == stateUndefined, state == stateZero, state == stateUnmapped:
+		e.Kind = image.Zero
+		return e, nil
+	case state == statePartial && img.meta.differencing:
+		var here bool
+		if here, e.Len, err = img.run(off, e.Len); err != nil || !here {
+			return e, err
+		}
+	case state != statePresent:
+		return bad("state %d", state)
+	}
+	if err := img.free(at, img.meta.blockBytes); err != nil {
+		return bad("%w", err)
+	}
+	e.Kind, e.FileOffset = image.Data, at+within
+	if left := img.bytes - e.FileOffset; left < e.Len {
+		// Windows and qemu make the file as long as its blocks; disk2vhd lets
+		// it end with its data, and leaves twin headers.
+		switch {
+		case at >= img.bytes:
+			return bad("it lies at %d in a file of %d bytes", at, img.bytes)
+		case !img.cut:
+			return bad("it lies at %d, and the file of %d bytes ends inside it", at, img.bytes)
+		case left > 0:
+			e.Len = left
+		default:
+			e.Kind, e.FileOffset = image.Zero, -1
+		}
+	}
+	return e, nil
+}
+
+// free says what is wrong with n bytes at off as a place for a block.
+func (img *Image) free(off, n int64) error {
+	i, _ := slices.BinarySearchFunc(img.taken, off, func(r region, off int64) int {
+		if r.end() <= off {
+			return -1
+		}
+		return 1
+	})
+	if i < len(img.taken) && img.taken[i].off < off+n {
+		return fmt.Errorf("it lies at %d, across the region at %d", off, img.taken[i].off)
+	}
+	return nil
+}
+
+// run reads the bitmap of off's chunk: whether the byte at off is in the file,
+// and for how many of n bytes, which end within the chunk, the answer is the
+// same. The first sector is the least significant bit.
+func (img *Image) run(off, n int64) (here bool, run int64, err error) {
+	chunk := off / (img.ratio * img.meta.blockBytes)
+	index := chunk*(img.ratio+1) + img.ratio
+	state, at, err := img.entry(index)
+	if err != nil {
+		return false, 0, err
+	}
+	if state != statePresent {
+		return false, n, fault.Corrupt(img.file.Name(), img.table.off+8*index, "the bitmap of chunk %d has state %d under a partial block", chunk, state)
+	}
+	if err := img.free(at, bitmapBytes); err != nil {
+		return false, n, fault.Corrupt(img.file.Name(), img.table.off+8*index, "the bitmap of chunk %d: %w", chunk, err)
+	}
+	start := off - chunk*img.ratio*img.meta.blockBytes
+	first, last := start/img.meta.logicalSector, (start+n-1)/img.meta.logicalSector
+	var buf [512]byte
+	for sector := first; sector <= last; {
+		from := sector / 8
+		p := buf[:min(int64(len(buf)), last/8-from+1)]
+		if err := img.pages.Read(p, at+from); err != nil {
+			return false, 0, err
+		}
+		for ; sector <= last && sector/8 < from+int64(len(p)); sector++ {
+			bit := p[sector/8-from]>>(sector%8)&1 == 1
+			if sector == first {
+				here = bit
+			} else if bit != here {
+				return here, sector*img.meta.logicalSector - start, nil
+			}
+		}
+	}
+	return here, n, nil
+}

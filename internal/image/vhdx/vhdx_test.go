@@ -1,0 +1,153 @@
+package vhdx
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/imagetest"
+)
+
+func openPath(path string) (image.Image, error) {
+	f, err := image.OpenFile(path)
+	if err != nil {
+		return nil, err
+	}
+	img, err := Open(f, parentsBeside(f, path))
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return img, nil
+}
+
+// parentsBeside finds parents by their base name in the directory of path.
+func parentsBeside(f image.File, path string) image.OpenParent {
+	return image.Parents(f, beside(filepath.Dir(path)), func(f image.File, format image.Format, parent image.OpenParent) (image.Image, error) {
+		return Open(f, parent)
+	})
+}
+
+type beside string
+
+func (dir beside) Resolve(name string) (image.File, error) {
+	return image.OpenFile(filepath.Join(string(dir), filepath.Base(name)))
+}
+
+func TestSamples(t *testing.T) {
+	for _, s := range imagetest.SampleList(t) {
+		if !strings.Contains(s.Name, ".vhdx.") {
+			continue
+		}
+		t.Run(s.Name, func(t *testing.T) {
+			dir := t.TempDir()
+			path, want := imagetest.SampleIn(t, dir, s.Name)
+			if s.Name == "dfvfs/fat-differential.vhdx.gz" {
+				imagetest.SampleIn(t, dir, "dfvfs/fat-parent.vhdx.gz")
+			}
+			img, err := openPath(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer img.Close()
+			t.Logf("%+v", img.Info())
+			// Hashing 10 GiB of zeros takes a minute; qemu-img is compared anyway.
+			if img.Size() <= 2<<30 || os.Getenv("BACKSTAY_MAY_NOT_SKIP") == "1" {
+				if got := imagetest.Hash(t, img, img.Size()); got != want {
+					t.Errorf("hash %s, want %s", got, want)
+				}
+			}
+			if img.Info().Variant != "differencing" && len(img.Info().Warnings) == 0 {
+				imagetest.Reader(t, img, imagetest.QemuRaw(t, path, "vhdx"))
+			}
+		})
+	}
+}
+
+func TestWriter(t *testing.T) {
+	w := imagetest.WriterTest{
+		Create:    func(path string, o image.CreateOptions) (image.Writer, error) { return Create(path, o) },
+		Open:      openPath,
+		Ext:       ".vhdx",
+		SizeUnit:  512,
+		Sizes:     []int64{2<<20 - 512, 2 << 20, 4<<20 + 512, 5 << 30},
+		Variants:  []image.CreateOptions{{}},
+		Qemu:      "vhdx",
+		QemuCheck: true,
+		QemuSkip: func(o image.CreateOptions) string {
+			if o.VirtualBytes == 0 {
+				return "qemu-img opens no VHDX of 0 bytes"
+			}
+			return ""
+		},
+	}
+	imagetest.Writer(t, w)
+	w.Sizes = nil
+	w.Variants = []image.CreateOptions{{Variant: "fixed"}, {Variant: "dynamic", BlockBytes: 1 << 20}, {BlockBytes: 256 << 20}}
+	imagetest.Writer(t, w)
+	w.Qemu = "" // it reads every byte of a large disk, and no 4 KiB sectors at all
+	w.Sizes = []int64{5 << 40, MaxBytes}
+	w.Variants = []image.CreateOptions{{}}
+	imagetest.Writer(t, w)
+	w.SizeUnit = 4096
+	w.Sizes = []int64{100 << 30}
+	w.Variants = []image.CreateOptions{{SectorBytes: 4096}, {SectorBytes: 4096, Variant: "fixed"}}
+	imagetest.Writer(t, w)
+}
+
+// A second reader that is not qemu-img. It takes only disks of whole eight
+// sectors.
+func TestSevenZipReadsWhatWeWrite(t *testing.T) {
+	for _, o := range []image.CreateOptions{{}, {Variant: "fixed"}, {SectorBytes: 4096}} {
+		disk := imagetest.NewDisk(7, 9<<20+8*4096)
+		path := filepath.Join(t.TempDir(), "disk.vhdx")
+		write(t, path, disk, o)
+		if got, want := sevenZip(t, path), imagetest.Hash(t, disk, disk.Size()); got != want {
+			t.Errorf("%+v: 7z reads another content", o)
+		}
+	}
+}
+
+// sevenZip is the hash of what 7z reads of path.
+func sevenZip(t *testing.T, path string) string {
+	t.Helper()
+	dir := t.TempDir()
+	out, err := exec.Command(imagetest.Tool(t, "7z"), "x", "-y", "-tVHDX", "-o"+dir, path).CombinedOutput()
+	if err != nil {
+		t.Fatalf("7z: %v\n%s", err, out)
+	}
+	list, _ := os.ReadDir(dir)
+	if len(list) != 1 {
+		t.Fatalf("7z made %d files\n%s", len(list), out)
+	}
+	f, err := os.Open(filepath.Join(dir, list[0].Name()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	info, _ := f.Stat()
+	return imagetest.Hash(t, f, info.Size())
+}
+
+// write makes an image of disk at path.
+func write(t testing.TB, path string, disk *imagetest.Disk, o image.CreateOptions) {
+	t.Helper()
+	o.VirtualBytes = disk.Size()
+	w, err := Create(path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range disk.Written().List() {
+		p := make([]byte, e.Len)
+		disk.ReadAt(p, e.Off)
+		if _, err := w.WriteAt(p, e.Off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Finish(); err != nil {
+		t.Fatal(err)
+	}
+}
