@@ -1,11 +1,8 @@
 package qcow2
 
 import (
-	"bytes"
 	"fmt"
 	"sync"
-
-	"github.com/klauspost/compress/flate"
 
 	"github.com/backstay/backstay/internal/fault"
 )
@@ -21,10 +18,13 @@ type deflater interface {
 func newDeflater(compression string, level int) (deflater, error) {
 	switch compression {
 	case "zlib":
-		if level < 0 || level > 9 {
+		if level == 0 {
+			level = 6
+		}
+		if level < 1 || level > 9 {
 			return nil, fmt.Errorf("zlib has no level %d", level)
 		}
-		return zlibDeflater{}, nil
+		return &zlibDeflater{sync.Pool{New: func() any { return newDeflateEncoder(level) }}}, nil
 	case "zstd":
 		if level == 0 {
 			level = 3
@@ -37,37 +37,11 @@ func newDeflater(compression string, level int) (deflater, error) {
 	return nil, fmt.Errorf("qcow2 compression %q: %w", compression, fault.ErrUnsupported)
 }
 
-// zlibWindow is how far back a match may reach: QEMU's own clusters keep to
-// it, and readers may rely on that.
-const zlibWindow = 4 << 10
+type zlibDeflater struct{ encoders sync.Pool }
 
-type zlibDeflater struct{}
-
-type flateWriter struct {
-	out bytes.Buffer
-	w   *flate.Writer
-}
-
-var flateWriters sync.Pool // of *flateWriter
-
-func (zlibDeflater) deflate(dst, cluster []byte) ([]byte, error) {
-	fw, _ := flateWriters.Get().(*flateWriter)
-	if fw == nil {
-		fw = new(flateWriter)
-		w, err := flate.NewWriterWindow(&fw.out, zlibWindow)
-		if err != nil {
-			return dst, err
-		}
-		fw.w = w
-	}
-	defer flateWriters.Put(fw)
-	fw.out.Reset()
-	fw.w.Reset(&fw.out)
-	if _, err := fw.w.Write(cluster); err != nil {
-		return dst, err
-	}
-	if err := fw.w.Close(); err != nil {
-		return dst, err
-	}
-	return append(dst, fw.out.Bytes()...), nil
+func (d *zlibDeflater) deflate(dst, cluster []byte) ([]byte, error) {
+	e := d.encoders.Get().(*deflateEncoder)
+	dst = e.encode(dst, cluster)
+	d.encoders.Put(e)
+	return dst, nil
 }

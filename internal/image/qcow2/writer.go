@@ -232,7 +232,7 @@ func (w *Writer) writePacked(p []byte, off int64) error {
 				return err
 			}
 			n := len(b.packed) - before
-			if n > cluster-cluster/64 {
+			if n > cluster-cluster/128 { // not worth decoding
 				b.packed = b.packed[:before]
 				continue
 			}
