@@ -80,6 +80,13 @@ type Session interface {
 	Abort(ctx context.Context) error
 }
 
+// A Checker is a Session that can tell whether its snapshot still holds. Check
+// is called when everything was read and before the restore point is
+// committed; an error means that what was read is not one moment of the VM.
+type Checker interface {
+	Check(ctx context.Context) error
+}
+
 // A Disk is one disk of a Session. Its methods are safe for concurrent use.
 type Disk interface {
 	io.ReaderAt

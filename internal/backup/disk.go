@@ -1,0 +1,360 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"github.com/backstay/backstay/internal/chunk"
+	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo"
+	"github.com/backstay/backstay/internal/vm"
+)
+
+// windowBytes is how much of a disk is planned at a time, so that the extents
+// of the largest disk fit in memory. It is a multiple of every chunk size.
+const windowBytes = 1 << 30
+
+// mergeBytes: where everything is read, extents that are no further apart are
+// read as one. What lies between is zeros, so it costs a copy and no data.
+const mergeBytes = 64 << 10
+
+// A reader takes one disk from its source into the repository.
+type reader struct {
+	*engine
+	src     hypervisor.Disk
+	info    vm.Disk
+	session *repo.Session
+	history *history
+	seed    uint64
+
+	out      *repo.DiskWriter
+	previous bool // out has a previous point underneath
+	bufs     sync.Pool
+
+	read, refill, fresh, stored atomic.Int64
+	changedBytes, auditBytes    int64
+	touched                     bits // chunks that an incremental has seen changed
+	lied                        bool
+}
+
+// run reads the disk in whatever mode the source and the previous point allow.
+func (r *reader) run(ctx context.Context) (point.Disk, error) {
+	start := r.Now()
+	d := point.Disk{Disk: r.info, ChangeID: r.src.ChangeID()}
+	d.Mode, d.Reason = r.src.Mode()
+	prev, has := r.history.disk(r.info.ID)
+	if why := r.history.distrusted(); why != "" && d.Mode != point.Incremental {
+		d.Reason = why
+	}
+	if err := r.open(ctx, &d, prev, has); err != nil {
+		return d, err
+	}
+	r.Progress.Total(r.info.SizeBytes)
+	if err := r.readAs(ctx, &d, prev.SizeBytes); err != nil {
+		return d, err
+	}
+	var err error
+	if d.Manifest, err = r.out.Finish(ctx); err != nil {
+		return d, err
+	}
+	d.Stats = point.Stats{
+		ReadBytes: r.read.Load(), ChangedBytes: r.changedBytes, AuditBytes: r.auditBytes, RefillBytes: r.refill.Load(),
+		NewBytes: r.fresh.Load(), StoredBytes: r.stored.Load(), Duration: r.Now().Sub(start),
+	}
+	return d, nil
+}
+
+// open starts the disk in the repository, upon the previous point if there is
+// one that can be read.
+func (r *reader) open(ctx context.Context, d *point.Disk, prev point.Disk, has bool) (err error) {
+	if has && d.Mode != point.Full {
+		r.out, err = r.session.Disk(ctx, r.info.SizeBytes, prev.Manifest)
+		if err == nil {
+			r.previous = true
+			return nil
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+		r.Log.Warn("the previous restore point can't be built on, reading everything", "vm", r.history.name, "disk", r.info.ID, "err", err)
+		d.Mode, d.Reason = point.Full, fmt.Sprintf("the previous restore point can't be read: %v", err)
+	}
+	if !has && d.Mode != point.Full {
+		reason := "first backup of this disk"
+		if r.history.newest() == nil {
+			reason = "first backup"
+		}
+		d.Mode, d.Reason = point.Full, reason
+	}
+	r.out, err = r.session.Disk(ctx, r.info.SizeBytes, "")
+	return err
+}
+
+// readAs reads the disk in mode d.Mode. Tracking that is lost on the way, or
+// found lying, makes it a comparison of everything.
+func (r *reader) readAs(ctx context.Context, d *point.Disk, prevBytes int64) error {
+	if d.Mode != point.Incremental {
+		return r.everything(ctx)
+	}
+	err := r.changed(ctx, prevBytes)
+	if errors.Is(err, hypervisor.ErrTrackingLost) {
+		d.Mode, d.Reason = point.Compared, err.Error()
+		return r.everything(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	bad, sampled, err := r.audit(ctx)
+	if err != nil || bad == 0 {
+		return err
+	}
+	r.lied = true
+	why := fmt.Sprintf("change tracking of disk %s lied: %d of %d sampled chunks that it called unchanged differ", r.info.ID, bad, sampled)
+	r.Log.Error("change tracking lied", "vm", r.history.name, "disk", r.info.ID, "differ", bad, "sampled", sampled)
+	// Marked first: if this run dies now, the marks make the next one read all.
+	if err := r.history.mark(ctx, r.info.ID, why); err != nil {
+		return err
+	}
+	d.Mode, d.Reason = point.Compared, why
+	return r.everything(ctx)
+}
+
+// A task is one chunk and which of its bytes the source is to be asked for.
+type task struct {
+	index int64
+	parts []extent.Extent // ascending, within the chunk
+	fill  bool            // what parts leave out is the previous point's, not zeros
+}
+
+// everything reads all that the source calls data. What it doesn't is zeros.
+func (r *reader) everything(ctx context.Context) error {
+	size, unit := r.info.SizeBytes, r.Repo.ChunkBytes()
+	return r.pipeline(ctx, func(ctx context.Context, emit func(task) error) error {
+		next := int64(0) // the first chunk that nothing was said about
+		for off := int64(0); off < size; off += windowBytes {
+			win := extent.Extent{Off: off, Len: min(windowBytes, size-off)}
+			data, err := r.src.Data(ctx, win)
+			if err != nil {
+				return err
+			}
+			for _, t := range cut(merge(data.Within(win), mergeBytes), unit) {
+				if err := r.holes(ctx, next, t.index); err != nil {
+					return err
+				}
+				next = t.index + 1
+				if err := emit(t); err != nil {
+					return err
+				}
+			}
+			end := chunk.Count(win.End(), unit)
+			if err := r.holes(ctx, next, end); err != nil {
+				return err
+			}
+			next = end
+		}
+		return nil
+	}, r.put)
+}
+
+// holes says of the chunks from first up to and without end that they are
+// zeros. Where there is no previous point, silence says so.
+func (r *reader) holes(ctx context.Context, first, end int64) error {
+	for i := first; i < end; i++ {
+		if r.previous {
+			if err := r.out.Hole(i); err != nil {
+				return err
+			}
+			if i%4096 == 0 && ctx.Err() != nil {
+				return ctx.Err()
+			}
+		}
+	}
+	if end > first {
+		unit := r.Repo.ChunkBytes()
+		r.Progress.Add(min(end*unit, r.info.SizeBytes) - first*unit)
+	}
+	return nil
+}
+
+// changed reads what change tracking names, and the tail of a disk that grew.
+func (r *reader) changed(ctx context.Context, prevBytes int64) error {
+	size, unit := r.info.SizeBytes, r.Repo.ChunkBytes()
+	r.touched = newBits(chunk.Count(size, unit))
+	return r.pipeline(ctx, func(ctx context.Context, emit func(task) error) error {
+		for off := int64(0); off < size; off += windowBytes {
+			win := extent.Extent{Off: off, Len: min(windowBytes, size-off)}
+			set, err := r.src.Changed(ctx, win)
+			if err != nil {
+				return err
+			}
+			set = set.Within(win)
+			set.Add(extent.Extent{Off: max(off, prevBytes), Len: win.End() - max(off, prevBytes)})
+			r.changedBytes += set.Bytes()
+			// Of what changed, only data needs reading: a trimmed or a grown
+			// range is zeros.
+			var data extent.Set
+			if set.Bytes() > 0 {
+				if data, err = r.src.Data(ctx, win); err != nil {
+					return err
+				}
+			}
+			done := int64(0)
+			for _, t := range cut(set, unit) {
+				r.touched.set(t.index)
+				whole := extent.Extent{Off: t.index * unit, Len: chunk.Len(t.index, size, unit)}
+				t.fill = len(t.parts) != 1 || t.parts[0] != whole
+				done += whole.Len
+				if err := emit(r.dataOf(t, data)); err != nil {
+					return err
+				}
+			}
+			r.Progress.Add(win.Len - done)
+		}
+		return nil
+	}, r.put)
+}
+
+// dataOf leaves out of a whole chunk's task what is known to be zeros. In a
+// chunk that is filled from the previous point the zeros must be read, since
+// they replace something.
+func (r *reader) dataOf(t task, data extent.Set) task {
+	if t.fill {
+		return t
+	}
+	t.parts = merge(data.Within(t.parts[0]), mergeBytes).List()
+	return t
+}
+
+// put reads one task's chunk and gives it to the repository.
+func (r *reader) put(ctx context.Context, t task, buf []byte) error {
+	if t.fill {
+		if err := r.out.ReadPrevious(ctx, t.index, buf); err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			// The guest has the whole chunk, so nothing is lost; but it is
+			// counted apart, since it says that the repository is damaged.
+			r.Log.Warn("chunk of the previous restore point can't be read, reading it from the source", "vm", r.history.name, "disk", r.info.ID, "chunk", t.index, "err", err)
+			whole := extent.Extent{Off: t.index * r.Repo.ChunkBytes(), Len: int64(len(buf))}
+			t.parts = []extent.Extent{whole}
+			r.refill.Add(whole.Len)
+		}
+	} else if len(t.parts) != 1 || t.parts[0].Len != int64(len(buf)) {
+		clear(buf)
+	}
+	if err := r.readParts(t, buf); err != nil {
+		return err
+	}
+	p, err := r.out.Put(ctx, t.index, buf)
+	if err != nil {
+		return err
+	}
+	if p.Kind == repo.New {
+		r.fresh.Add(int64(len(buf)))
+		r.stored.Add(p.StoredBytes)
+	}
+	r.Progress.Add(int64(len(buf)))
+	return nil
+}
+
+func (r *reader) readParts(t task, buf []byte) error {
+	base := t.index * r.Repo.ChunkBytes()
+	for _, e := range t.parts {
+		p := buf[e.Off-base : e.End()-base]
+		n, err := r.src.ReadAt(p, e.Off)
+		if n < len(p) {
+			if err == nil || errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return fmt.Errorf("read %d bytes at %d of the source: %w", e.Len, e.Off, err)
+		}
+		r.read.Add(e.Len)
+	}
+	return nil
+}
+
+// pipeline runs plan, which emits tasks in disk order, beside workers that do
+// them. Memory is one chunk a worker.
+func (r *reader) pipeline(ctx context.Context, plan func(context.Context, func(task) error) error, do func(context.Context, task, []byte) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	tasks := make(chan task, r.Workers)
+	var wg sync.WaitGroup
+	for range r.Workers {
+		wg.Go(func() {
+			buf := r.buffer()
+			defer r.bufs.Put(buf)
+			for t := range tasks {
+				if ctx.Err() != nil {
+					continue
+				}
+				n := chunk.Len(t.index, r.info.SizeBytes, r.Repo.ChunkBytes())
+				if err := do(ctx, t, (*buf)[:n]); err != nil {
+					cancel(err)
+				}
+			}
+		})
+	}
+	err := plan(ctx, func(t task) error {
+		select {
+		case tasks <- t:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
+	close(tasks)
+	wg.Wait()
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+func (r *reader) buffer() *[]byte {
+	if b, ok := r.bufs.Get().(*[]byte); ok {
+		return b
+	}
+	b := make([]byte, r.Repo.ChunkBytes())
+	return &b
+}
+
+// cut turns a set into one task for each chunk that it touches.
+func cut(set extent.Set, unit int64) []task {
+	var out []task
+	for _, e := range set.List() {
+		for e.Len > 0 {
+			i := e.Off / unit
+			part := extent.Extent{Off: e.Off, Len: min(e.End(), (i+1)*unit) - e.Off}
+			if n := len(out); n > 0 && out[n-1].index == i {
+				out[n-1].parts = append(out[n-1].parts, part)
+			} else {
+				out = append(out, task{index: i, parts: []extent.Extent{part}})
+			}
+			e.Off, e.Len = part.End(), e.Len-part.Len
+		}
+	}
+	return out
+}
+
+// merge joins extents with gaps of at most gap bytes.
+func merge(set extent.Set, gap int64) extent.Set {
+	var out extent.Set
+	var cur extent.Extent
+	for _, e := range set.List() {
+		if cur.Len > 0 && e.Off-cur.End() <= gap {
+			cur.Len = e.End() - cur.Off
+			continue
+		}
+		out.Add(cur)
+		cur = e
+	}
+	out.Add(cur)
+	return out
+}

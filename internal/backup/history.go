@@ -1,0 +1,155 @@
+package backup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/vm"
+)
+
+// A history is what the repository holds of one VM, oldest point first.
+type history struct {
+	engine *engine
+	name   string
+	points []*point.RestorePoint
+
+	mu      sync.Mutex
+	suspect []point.ID // points that this run marked
+}
+
+// history finds out how the repository is to call the VM, and what it has.
+func (e *engine) history(ctx context.Context, job Job) (*history, string, error) {
+	machine, err := find(ctx, job)
+	if err != nil {
+		return nil, "", err
+	}
+	all, err := e.Repo.Points(ctx)
+	if err != nil {
+		return nil, "", err
+	}
+	name := job.VM
+	if name == "" {
+		name = uniqueName(machine, all)
+	}
+	e.mu.Lock()
+	other, taken := e.names[name]
+	if !taken {
+		e.names[name] = job.Source
+	}
+	e.mu.Unlock()
+	if taken {
+		return nil, "", fmt.Errorf("%s and %s as %s: %w", other, job.Source, name, errors.Join(errNameTaken, fault.ErrExists))
+	}
+	h := &history{engine: e, name: name}
+	for _, p := range all {
+		if p.VM == name {
+			h.points = append(h.points, p)
+		}
+	}
+	return h, name, nil
+}
+
+func find(ctx context.Context, job Job) (vm.Machine, error) {
+	machines, err := job.Driver.Machines(ctx)
+	if err != nil {
+		return vm.Machine{}, err
+	}
+	for _, m := range machines {
+		if m.Name == job.Name {
+			return m, nil
+		}
+	}
+	return vm.Machine{}, errNoSuchVM(job.Name)
+}
+
+// uniqueName is the machine's own name, or NAME@HOST where the repository
+// knows another host's VM by that name already. A VM that moved to another
+// host keeps its UUID and with it its name.
+func uniqueName(m vm.Machine, all []*point.RestorePoint) string {
+	qualified := m.Name + "@" + m.Host
+	for i := len(all) - 1; i >= 0; i-- {
+		p := all[i].Machine
+		if m.UUID != "" && p.UUID == m.UUID && (all[i].VM == m.Name || all[i].VM == qualified) {
+			return all[i].VM
+		}
+	}
+	for _, p := range all {
+		if p.VM == m.Name && p.Machine.HostID != m.HostID && m.Host != "" {
+			return qualified
+		}
+	}
+	return m.Name
+}
+
+// newest is the newest point, or nil.
+func (h *history) newest() *point.RestorePoint {
+	if len(h.points) == 0 {
+		return nil
+	}
+	return h.points[len(h.points)-1]
+}
+
+// disk is the newest point's disk of that ID.
+func (h *history) disk(id vm.DiskID) (point.Disk, bool) {
+	if p := h.newest(); p != nil {
+		for _, d := range p.Disks {
+			if d.ID == id {
+				return d, true
+			}
+		}
+	}
+	return point.Disk{}, false
+}
+
+// distrusted says why the newest point must not be built on; "" if it may.
+func (h *history) distrusted() string {
+	if p := h.newest(); p != nil && p.Suspect != "" {
+		return "the previous restore point is suspect: " + p.Suspect
+	}
+	return ""
+}
+
+// previous is what the driver is told of the newest point. A suspect point's
+// change IDs are left out, so that everything is read.
+func (h *history) previous() map[vm.DiskID]hypervisor.PreviousDisk {
+	p := h.newest()
+	if p == nil {
+		return nil
+	}
+	out := map[vm.DiskID]hypervisor.PreviousDisk{}
+	for _, d := range p.Disks {
+		prev := hypervisor.PreviousDisk{SizeBytes: d.SizeBytes, ChangeID: d.ChangeID}
+		if h.distrusted() != "" {
+			prev.ChangeID = ""
+		}
+		out[d.ID] = prev
+	}
+	return out
+}
+
+// mark calls every point suspect that rests on the change tracking of disk:
+// the newest ones, back to the last that was read whole, which is good.
+func (h *history) mark(ctx context.Context, disk vm.DiskID, why string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for i := len(h.points) - 1; i >= 0; i-- {
+		p := h.points[i]
+		found := false
+		for _, d := range p.Disks {
+			found = found || d.ID == disk && d.Mode == point.Incremental
+		}
+		if !found {
+			return nil
+		}
+		if err := h.engine.Repo.MarkSuspect(ctx, h.name, p.ID, why); err != nil {
+			return fmt.Errorf("mark %s suspect: %w", p.Ref(), err)
+		}
+		h.suspect = append(h.suspect, p.ID)
+	}
+	return nil
+}
