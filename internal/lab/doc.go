@@ -20,8 +20,9 @@
 // # The private libvirt
 //
 // StartLibvirt runs a libvirtd of its own in a mount namespace of its own, in
-// which /etc/libvirt, /run/libvirt, /var/cache/libvirt and /var/log/libvirt
-// are directories below the lab's. It needs root, but no systemd and no D-Bus,
+// which /etc/libvirt, /run/libvirt, /var/cache/libvirt, /var/log/libvirt and
+// /var/lib/libvirt/qemu, but for the NVRAM files in it, are directories below
+// the lab's. It needs root, but no systemd and no D-Bus,
 // and it neither sees nor disturbs a libvirtd that the machine runs already.
 // All other paths are the machine's: a program outside the namespace and QEMU
 // inside mean the same file by the same name. QEMU runs as libvirt-qemu, as it

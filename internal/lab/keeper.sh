@@ -5,7 +5,7 @@
 # Arguments: the lab's directory, and "kvm" or "tcg". Run by "unshare --mount", so nothing that is
 # mounted here is seen outside.
 dir=$1
-for name in etc run cache log; do
+for name in etc run cache log qemu; do
 	mkdir -p "$dir/$name"
 	chmod 755 "$dir/$name"
 done
@@ -14,6 +14,15 @@ mount --bind "$dir/etc" /etc/libvirt &&
 	mount --bind "$dir/run" /run/libvirt &&
 	mount --bind "$dir/cache" /var/cache/libvirt &&
 	mount --bind "$dir/log" /var/log/libvirt || exit 1
+# What libvirt keeps by the names of VMs, so that two labs may use one name.
+# NVRAM stays where the machine has it, since a backup reads it from outside.
+for name in qemu qemu/nvram; do
+	mkdir -p "/var/lib/libvirt/$name" "$dir/$name"
+	chown --reference "/var/lib/libvirt/$name" "$dir/$name"
+	chmod --reference "/var/lib/libvirt/$name" "$dir/$name"
+done
+mount --bind /var/lib/libvirt/qemu/nvram "$dir/qemu/nvram" &&
+	mount --rbind "$dir/qemu" /var/lib/libvirt/qemu || exit 1
 # A /dev/kvm that root can open and QEMU's user cannot makes libvirt ask QEMU
 # again and again what it can do, at some seconds each time.
 if [ "$2" != kvm ] && [ -e /dev/kvm ]; then
@@ -34,11 +43,4 @@ end "$dir/libvirtd.pid" libvirtd
 for file in "$dir"/run/qemu/*.pid; do
 	end "$file" qemu-system
 done
-# Only a lab that was left without a Stop still has these.
-for file in "$dir"/etc/qemu/*.xml; do
-	[ -e "$file" ] || continue
-	name=$(basename "$file" .xml)
-	rm -rf "/var/lib/libvirt/qemu/checkpoint/$name" "/var/lib/libvirt/qemu/snapshot/$name"
-done
-[ -e "$dir/remove" ] && rm -rf "$dir"
 exit 0

@@ -147,6 +147,15 @@ func letIn(dir string) error {
 			}
 		}
 	}
+	for d := dir; d != "/"; d = filepath.Dir(d) {
+		info, err := os.Stat(d)
+		if err != nil {
+			return err
+		}
+		if info.Mode().Perm()&1 == 0 {
+			return fmt.Errorf("QEMU runs as libvirt-qemu and may not enter %s: choose another directory", d)
+		}
+	}
 	return nil
 }
 
@@ -188,6 +197,21 @@ func (l *Libvirt) writeConfig() error {
 	conf := "auth_unix_rw = \"none\"\nauth_unix_ro = \"none\"\n" +
 		"log_outputs = \"3:file:/var/log/libvirt/libvirtd.log\"\n"
 	if err := os.WriteFile(filepath.Join(l.dir, "etc/libvirtd.conf"), []byte(conf), 0o644); err != nil {
+		return err
+	}
+	// The pool "default" is where disks of new VMs belong.
+	images, err := escape(l.Path("images"))
+	if err != nil {
+		return err
+	}
+	pool := "<pool type='dir'><name>default</name><target><path>" + images + "</path></target></pool>\n"
+	if err := os.MkdirAll(l.Path("images"), 0o755); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(l.Path("etc/storage"), 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(l.Path("etc/storage/default.xml"), []byte(pool), 0o644); err != nil {
 		return err
 	}
 	// "file": the guests' logs and serial ports need no virtlogd. No namespaces:
@@ -328,7 +352,7 @@ func (l *Libvirt) Stop() error {
 	l.leash.Close()
 	l.leash = nil
 	l.keeper.Wait() // its own end comes after the last QEMU's
-	for _, name := range []string{"libvirtd.pid", "no-kvm", "etc", "run", "cache"} {
+	for _, name := range []string{"libvirtd.pid", "no-kvm", "etc", "run", "cache", "qemu"} {
 		errs = append(errs, os.RemoveAll(filepath.Join(l.dir, name)))
 	}
 	l.slot.Close()

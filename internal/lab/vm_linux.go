@@ -28,8 +28,6 @@ type VMDisk struct {
 // VMOptions say what a VM is to be. The zero value of each field is a guest
 // with an agent, its freeze hook and a working workload.
 type VMOptions struct {
-	// Name must be no other VM's on this machine, inside the lab or outside:
-	// libvirt keeps some files by name.
 	Name      string
 	Disks     []VMDisk
 	MemoryMiB int // 0 for 256
