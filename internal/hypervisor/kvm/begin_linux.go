@@ -2,7 +2,6 @@ package kvm
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/xml"
 	"errors"
 	"fmt"
@@ -452,14 +451,6 @@ func (b *beginning) hold(ctx context.Context, freeze bool, begin func(context.Co
 	}
 	b.grade = b.ready.best
 	return nil
-}
-
-// newUUID is a random one, version 4.
-func newUUID() string {
-	var u libvirt.UUID
-	rand.Read(u[:])
-	u[6], u[8] = u[6]&0x0f|0x40, u[8]&0x3f|0x80
-	return formatUUID(u)
 }
 
 // processOwner finds the VM's QEMU among the host's processes; -1 if it is not

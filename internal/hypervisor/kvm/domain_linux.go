@@ -22,11 +22,7 @@ type domain struct {
 	id   libvirt.UUID
 }
 
-func (d *domain) uuid() string { return formatUUID(d.id) }
-
-func formatUUID(u libvirt.UUID) string {
-	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
-}
+func (d *domain) uuid() string { return formatUUID([16]byte(d.id)) }
 
 // lookup finds a VM by its name.
 func (c *conn) lookup(ctx context.Context, name string) (*domain, error) {

@@ -7,6 +7,7 @@
 package kvm
 
 import (
+	"crypto/rand"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -90,4 +91,16 @@ func checkpointPrefix(repoID string) (string, error) {
 		return "", fmt.Errorf("repository id %q: %w", repoID, fault.ErrUnsupported)
 	}
 	return "backstay-" + repoID[:8] + "-", nil
+}
+
+// newUUID is a random one, version 4.
+func newUUID() string {
+	var u [16]byte
+	rand.Read(u[:]) // never fails
+	u[6], u[8] = u[6]&0x0f|0x40, u[8]&0x3f|0x80
+	return formatUUID(u)
+}
+
+func formatUUID(u [16]byte) string {
+	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
 }

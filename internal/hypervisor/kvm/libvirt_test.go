@@ -372,4 +372,3 @@ func (h *host) reset() {
 	h.ok(h.ResetTracking(h.ctx, h.web.Name, repoA))
 	h.ok(h.ResetTracking(h.ctx, h.web.Name, repoB))
 }
-

@@ -1,0 +1,181 @@
+package kvm
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/digitalocean/go-libvirt"
+	"libvirt.org/go/libvirtxml"
+
+	"github.com/backstay/backstay/internal/fault"
+)
+
+// defaultImageDir is libvirt's own, where no pool says otherwise.
+const defaultImageDir = "/var/lib/libvirt/images"
+
+// ImageDir is where disks of new VMs belong: the directory of the pool
+// "default", or libvirt's own.
+func (d *Driver) ImageDir(ctx context.Context) (string, error) {
+	var text string
+	err := d.again(ctx, callTimeout, func(l *libvirt.Libvirt) error {
+		pool, err := l.StoragePoolLookupByName("default")
+		if err != nil {
+			return err
+		}
+		text, err = l.StoragePoolGetXMLDesc(pool, 0)
+		return err
+	})
+	if code(err) == libvirt.ErrNoStoragePool {
+		return defaultImageDir, nil
+	}
+	if err != nil {
+		return "", err
+	}
+	var p struct {
+		XMLName xml.Name `xml:"pool"`
+		Type    string   `xml:"type,attr"`
+		Path    string   `xml:"target>path"`
+	}
+	if err := xml.Unmarshal([]byte(text), &p); err != nil {
+		return "", fmt.Errorf("pool default: %w", err)
+	}
+	if p.Type != "dir" && p.Type != "fs" && p.Type != "netfs" || p.Path == "" {
+		return defaultImageDir, nil
+	}
+	return p.Path, nil
+}
+
+// Define makes a new VM of restored disks: with a UUID of its own, and without
+// checkpoints. After an error there is none. The disks stay in either case.
+// Errors: fault.ErrExists if there is a VM of that name.
+func (d *Driver) Define(ctx context.Context, o DefineOptions) error {
+	if err := d.define(ctx, o); err != nil {
+		return fmt.Errorf("define VM %q: %w", o.Name, err)
+	}
+	return nil
+}
+
+func (d *Driver) define(ctx context.Context, o DefineOptions) (err error) {
+	if o.Name == "" || strings.Contains(o.Name, "/") {
+		return fmt.Errorf("libvirt takes no such name: %w", fault.ErrUnsupported)
+	}
+	if len(o.NVRAM) > 0 && !isLocal(d.uri) {
+		return fmt.Errorf("its UEFI variables can't be stored on %s from here: %w", d.uri.Host, fault.ErrUnsupported)
+	}
+	c := newConn(d.uri)
+	defer c.close()
+	switch _, err := c.lookup(ctx, o.Name); {
+	case err == nil:
+		return fault.ErrExists
+	case !errors.Is(err, fault.ErrNotFound) || errors.Is(err, errNotRunning):
+		return err
+	}
+	var undo []func()
+	defer func() {
+		for i := len(undo) - 1; err != nil && i >= 0; i-- {
+			undo[i]()
+		}
+	}()
+	nvram := ""
+	if len(o.NVRAM) > 0 {
+		if nvram, err = d.writeNVRAM(ctx, o); err != nil {
+			return err
+		}
+		undo = append(undo, func() { os.Remove(nvram) })
+	}
+	x, err := d.definition(ctx, o, nvram)
+	if err != nil {
+		return err
+	}
+	text, err := x.Marshal()
+	if err != nil {
+		return err
+	}
+	var dom libvirt.Domain
+	err = c.do(ctx, callTimeout, func(l *libvirt.Libvirt) (err error) {
+		dom, err = l.DomainDefineXML(text)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	undo = append(undo, func() {
+		ctx, cancel := withTimeout(ctx, endTimeout)
+		defer cancel()
+		c.again(ctx, callTimeout, func(l *libvirt.Libvirt) error {
+			return l.DomainUndefineFlags(dom, libvirt.DomainUndefineNvram|libvirt.DomainUndefineManagedSave)
+		})
+	})
+	if !o.Start {
+		return nil
+	}
+	return c.do(ctx, beginTimeout, func(l *libvirt.Libvirt) error { return l.DomainCreate(dom) })
+}
+
+// definition chooses between the stored definition and a neutral one.
+func (d *Driver) definition(ctx context.Context, o DefineOptions, nvram string) (*libvirtxml.Domain, error) {
+	if len(o.DomainXML) == 0 {
+		virt, err := d.virtType(ctx)
+		return neutral(o, virt, nvram), err
+	}
+	x, dropped, err := redefine(o, nvram)
+	for _, what := range dropped {
+		d.log.Warn("the new VM lacks something", "vm", o.Name, "what", what)
+	}
+	return x, err
+}
+
+// virtType is "kvm" where libvirt offers it, else emulation.
+func (d *Driver) virtType(ctx context.Context) (string, error) {
+	var text string
+	err := d.again(ctx, callTimeout, func(l *libvirt.Libvirt) (err error) {
+		text, err = l.ConnectGetCapabilities()
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	if strings.Contains(text, "<domain type='kvm'") {
+		return "kvm", nil
+	}
+	return "qemu", nil
+}
+
+// writeNVRAM puts the UEFI variables beside the first disk: libvirt's own
+// directory for them is closed to others.
+func (d *Driver) writeNVRAM(ctx context.Context, o DefineOptions) (string, error) {
+	dir := ""
+	for _, path := range o.Disks {
+		if at := filepath.Dir(path); dir == "" || at < dir {
+			dir = at
+		}
+	}
+	if dir == "" {
+		var err error
+		if dir, err = d.ImageDir(ctx); err != nil {
+			return "", err
+		}
+	}
+	name := filepath.Join(dir, o.Name+"_VARS.fd")
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return "", fmt.Errorf("%s: %w", name, fault.ErrExists)
+	}
+	if err != nil {
+		return "", err
+	}
+	_, err = f.Write(o.NVRAM)
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		os.Remove(name)
+		return "", err
+	}
+	return name, nil
+}
