@@ -34,7 +34,7 @@ const (
 	creatorOS      = "Wi2k"
 )
 
-// Writer writes a fixed or dynamic VHD, from any number of goroutines in any
+// Writer writes a fixed, dynamic or differencing VHD, from any number of goroutines in any
 // order.
 type Writer struct {
 	file   *os.File
@@ -43,12 +43,15 @@ type Writer struct {
 
 	limit  int64 // what WriteAt takes: the virtual size as it was asked for
 	footer footer
-	header header // of a dynamic disk
-	bitmap []byte // of a block that is in the file
+	header header // unless fixed
+	bitmap []byte // of a block that is whole
+
+	locator []byte // of a differencing disk: the parent's name
 
 	mu    sync.Mutex
-	table []uint32 // block to sector, absent for none
-	end   int64    // of the blocks
+	table  []uint32          // block to sector, absent for none
+	sparse map[int64]*sparse // of a differencing disk, the blocks that were written to
+	end    int64             // of the blocks
 }
 
 var _ image.Writer = (*Writer)(nil)
@@ -71,8 +74,8 @@ func Create(path string, o image.CreateOptions) (*Writer, error) {
 }
 
 // NewWriter writes the image to f, a regular file whose content is dropped and
-// which belongs to the Writer once there is one. The variant is "dynamic" or
-// "fixed", dynamic by default. A VHD has whole sectors: the disk is
+// which belongs to the Writer once there is one. The variant is "dynamic", the
+// default, or "fixed"; with a parent it is differencing. A VHD has whole sectors: the disk is
 // o.VirtualBytes rounded up to 512, and ends in zeros where that added bytes.
 func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 	if o.VirtualBytes < 0 || o.Compression != "" {
@@ -91,10 +94,11 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 	}}
 	rand.Read(w.footer.id[:])
 	w.footer.id[6], w.footer.id[8] = w.footer.id[6]&0xf|0x40, w.footer.id[8]&0x3f|0x80
-	switch o.Variant {
-	case "fixed":
+	switch {
+	case o.Parent == "" && o.Variant == "fixed":
 		w.footer.kind = typeFixed
-	case "", "dynamic":
+	case o.Parent == "" && (o.Variant == "" || o.Variant == "dynamic"),
+		o.Parent != "" && (o.Variant == "" || o.Variant == "differencing"):
 		if o.BlockBytes == 0 {
 			o.BlockBytes = usualBlock
 		}
@@ -105,6 +109,13 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 		if stride := w.place(w.end+w.header.blockBytes) - w.end; w.header.entries*stride > (absent-1)*sectorBytes-w.end {
 			return nil, fmt.Errorf("a VHD of %d bytes needs larger blocks than %d bytes", size, o.BlockBytes)
 		}
+		if o.Parent != "" {
+			if err := w.child(o); err != nil {
+				return nil, err
+			}
+		}
+	case o.Parent != "" || o.Variant == "differencing":
+		return nil, fmt.Errorf("a VHD of the variant %q with the parent %q", o.Variant, o.Parent)
 	default:
 		return nil, fmt.Errorf("no VHD variant %q: take dynamic or fixed", o.Variant)
 	}
@@ -134,16 +145,25 @@ func (w *Writer) place(off int64) int64 {
 	return (off+n+dataAlign-1)/dataAlign*dataAlign - n
 }
 
-// Unit is 1: any range will do.
-func (w *Writer) Unit() int64 { return 1 }
+// Unit is 1, and of a differencing disk its sector.
+func (w *Writer) Unit() int64 {
+	if w.footer.kind == typeDifferencing {
+		return sectorBytes
+	}
+	return 1
+}
 
 // Ordered is false.
 func (w *Writer) Ordered() bool { return false }
 
-// WriteAt writes p. Zeros make no block.
+// WriteAt writes p. Zeros make no block; in a differencing disk they hide the
+// parent.
 func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 	if off < 0 || off > w.limit || int64(len(p)) > w.limit-off {
 		return 0, fmt.Errorf("write of %d bytes at %d to a disk of %d", len(p), off, w.limit)
+	}
+	if unit := w.Unit(); off%unit != 0 || int64(len(p))%unit != 0 {
+		return 0, fmt.Errorf("write of %d bytes at %d to sectors of %d", len(p), off, unit)
 	}
 	done := 0
 	for done < len(p) {
@@ -154,6 +174,9 @@ func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 		} else {
 			block := w.header.blockBytes
 			part = part[:min(int64(len(part)), block-at%block, chunk.MaxBytes)]
+		}
+		if w.footer.kind == typeDifferencing {
+			w.mark(at, int64(len(part)))
 		}
 		if !chunk.IsZero(part) {
 			if w.footer.kind != typeFixed {
@@ -198,6 +221,9 @@ func (w *Writer) encodeTable() []byte {
 
 // Finish writes the table, and the footers after everything else is durable.
 func (w *Writer) Finish() error {
+	if err := w.writeSparse(); err != nil {
+		return err
+	}
 	end := w.end
 	if w.footer.kind == typeFixed {
 		end = w.footer.currentBytes
