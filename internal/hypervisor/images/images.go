@@ -56,8 +56,18 @@ func (d *Driver) Close() error { return nil }
 // Begin opens the images and notes what they look like, so that Check sees
 // whether somebody wrote to them.
 func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (hypervisor.Session, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	if name != d.name {
 		return nil, fmt.Errorf("VM %s: %w", name, fault.ErrNotFound)
+	}
+	for i, f := range d.files {
+		for _, g := range d.files[:i] {
+			if f.ID == g.ID {
+				return nil, fmt.Errorf("%s and %s would be disks of one name, %s: %w", g.Path, f.Path, f.ID, fault.ErrExists)
+			}
+		}
 	}
 	switch o.Consistency {
 	case vm.RequireApplication, vm.Filesystem:
