@@ -1,21 +1,30 @@
 package repo
 
 import (
+	"cmp"
 	"context"
+	"encoding/hex"
 	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
 
+	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo/internal/index"
+	"github.com/backstay/backstay/internal/repo/internal/manifest"
+	"github.com/backstay/backstay/internal/repo/internal/pack"
 	"github.com/backstay/backstay/internal/vm"
 )
-
-var errSoon = errors.New("not yet")
 
 // CheckOptions say how deep Check looks. Without any it takes the inventory:
 // whether every object that is needed is there with its right length.
 type CheckOptions struct {
 	Scrub    bool // re-read every stored byte and compare checksums; needs no keys
-	ReadData bool // decrypt, decompress and re-hash every chunk
+	ReadData bool // decrypt, decompress and re-hash every chunk; includes Scrub
 	Progress func(doneBytes, totalBytes int64)
 }
 
@@ -43,7 +52,304 @@ type CheckReport struct {
 	Findings                         []Finding
 }
 
+// checkWorkers is how many packs are read at the same time, at most.
+const checkWorkers = 3
+
 // Check says whether the repository is sound. Findings are not an error.
 func (r *Repository) Check(ctx context.Context, o CheckOptions) (CheckReport, error) {
-	return CheckReport{}, errSoon
+	if o.ReadData {
+		o.Scrub = true
+		if err := r.needKeys(); err != nil {
+			return CheckReport{}, err
+		}
+	}
+	h, err := r.reload(ctx, r.current())
+	if err != nil {
+		return CheckReport{}, err
+	}
+	c := &check{r: r, o: o, h: h, bad: map[index.Key]int{}, badPages: map[pageRef]int{}, badFiles: map[manifest.ID]int{}}
+	for _, f := range h.findings {
+		c.find(f)
+	}
+	for _, step := range []func(context.Context) error{c.inventory, c.scrub, c.blame} {
+		if err := step(ctx); err != nil {
+			return c.report, err
+		}
+	}
+	slices.SortStableFunc(c.report.Findings, func(a, b Finding) int {
+		return cmp.Or(cmp.Compare(a.Object, b.Object), cmp.Compare(a.Offset, b.Offset))
+	})
+	return c.report, nil
+}
+
+type pageRef struct {
+	id manifest.ID
+	i  int
+}
+
+// A check is one run of Check.
+type check struct {
+	r    *Repository
+	o    CheckOptions
+	h    *holdings
+	recs []*record
+
+	mu     sync.Mutex
+	report CheckReport
+	// What is bad, each with the ordinal of its finding.
+	bad         map[index.Key]int
+	badPages    map[pageRef]int
+	badFiles    map[manifest.ID]int
+	done, total int64
+}
+
+// find adds a finding and gives its ordinal. The same thing is said once.
+func (c *check) find(f Finding) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := range c.report.Findings {
+		if g := &c.report.Findings[i]; g.Object == f.Object && g.Offset == f.Offset {
+			return i
+		}
+	}
+	c.report.Findings = append(c.report.Findings, f)
+	return len(c.report.Findings) - 1
+}
+
+// blameChunk notes that chunk k is lost because of finding n.
+func (c *check) blameChunk(k index.Key, n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if _, ok := c.bad[k]; !ok {
+		c.bad[k] = n
+	}
+}
+
+// inventory looks whether everything that points need is there.
+func (c *check) inventory(ctx context.Context) error {
+	err := c.r.eachRecord(ctx, func(name string, rec *record, err error) error {
+		c.report.Points++
+		if err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			c.find(Finding{Object: pointPrefix + name, Offset: -1, Err: err, Hits: []Hit{{Point: point.ID(name)}}})
+			return nil
+		}
+		c.recs = append(c.recs, rec)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	c.report.Packs = int64(len(c.h.byID))
+	c.report.Chunks = c.h.table.Len()
+	for _, rec := range c.recs {
+		for _, s := range rec.clear.Records {
+			if id, err := hexID(s); err == nil {
+				c.present(id, pointPrefix+rec.name, -1)
+			}
+		}
+	}
+	n := needs{
+		r: c.r,
+		visit: func(id manifest.ID, f *manifest.File, i int) error {
+			ids, err := f.Needs(i)
+			if err == nil && c.o.ReadData {
+				_, err = f.Page(i)
+			}
+			name := manifestName(point.ManifestID(hex.EncodeToString(id[:])))
+			if err != nil {
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+				err = manifestError(id, err)
+				c.badPages[pageRef{id, i}] = c.find(Finding{Object: name, Offset: offsetOf(err), Err: err})
+				return nil
+			}
+			for _, id := range ids {
+				c.present(id, name, -1)
+			}
+			return nil
+		},
+		fail: func(id manifest.ID, err error) error {
+			if ctx.Err() != nil {
+				return err
+			}
+			name := manifestName(point.ManifestID(hex.EncodeToString(id[:])))
+			c.badFiles[id] = c.find(Finding{Object: name, Offset: offsetOf(err), Err: err})
+			return nil
+		},
+	}
+	if err := n.walk(ctx, c.recs); err != nil {
+		return err
+	}
+	c.report.Manifests = int64(len(n.files))
+	return nil
+}
+
+func offsetOf(err error) int64 {
+	if ce := (*fault.CorruptError)(nil); errors.As(err, &ce) {
+		return ce.Offset
+	}
+	return -1
+}
+
+// present looks whether chunk id, that the object by needs, is in a pack.
+func (c *check) present(id chunk.ID, by string, off int64) {
+	k := index.KeyOf(id)
+	if _, known := c.bad[k]; known {
+		return
+	}
+	at, p, ok := c.h.find(id)
+	e := pack.Entry{Off: at.Off, CLen: at.CLen}
+	switch {
+	case !ok:
+		err := fmt.Errorf("chunk %s and perhaps others that it needs are in no pack: %w", id.Short(), fault.ErrCorrupt)
+		c.blameChunk(k, c.find(Finding{Object: by, Offset: off, Err: err}))
+	case p.state == packMissing:
+		err := fmt.Errorf("%s: %w", packLabel(p.id), fault.ErrNotFound)
+		c.blameChunk(k, c.find(Finding{Object: p.name(), Offset: -1, Err: err}))
+	case e.End() > p.bytes:
+		err := &fault.CorruptError{Object: packLabel(p.id), Offset: p.bytes, Err: io.ErrUnexpectedEOF}
+		c.blameChunk(k, c.find(Finding{Object: p.name(), Offset: p.bytes, Err: err}))
+	}
+}
+
+// blame names the parts of restore points that the findings hit.
+func (c *check) blame(ctx context.Context) error {
+	if len(c.bad)+len(c.badPages)+len(c.badFiles) == 0 {
+		return nil
+	}
+	for _, rec := range c.recs {
+		for _, s := range rec.clear.Records {
+			if id, err := hexID(s); err == nil {
+				if n, ok := c.bad[index.KeyOf(id)]; ok {
+					c.hit(n, rec, nil, extent.Extent{})
+				}
+			}
+		}
+		if rec.point == nil {
+			for _, m := range rec.clear.Manifests {
+				if err := c.blameDisk(ctx, rec, nil, point.ManifestID(m)); err != nil {
+					return err
+				}
+			}
+			continue
+		}
+		for i := range rec.point.Disks {
+			if err := c.blameDisk(ctx, rec, &rec.point.Disks[i], rec.point.Disks[i].Manifest); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// hit adds to finding n that part of a disk; neighbours melt.
+func (c *check) hit(n int, rec *record, d *point.Disk, part extent.Extent) {
+	h := Hit{Point: point.ID(rec.name)}
+	if rec.point != nil {
+		h.VM, h.Point = rec.point.VM, rec.point.ID
+	}
+	if d != nil {
+		h.Disk, h.Range = d.ID, part
+	}
+	hits := c.report.Findings[n].Hits
+	if k := len(hits) - 1; k >= 0 && hits[k].VM == h.VM && hits[k].Point == h.Point && hits[k].Disk == h.Disk {
+		if d == nil {
+			return
+		}
+		if hits[k].Range.End() == part.Off {
+			hits[k].Range.Len += part.Len
+			return
+		}
+	}
+	c.report.Findings[n].Hits = append(hits, h)
+}
+
+func (c *check) blameDisk(ctx context.Context, rec *record, d *point.Disk, m point.ManifestID) error {
+	id, err := parseManifestID(m)
+	if err != nil {
+		return nil // decodeRecord refuses such a record
+	}
+	whole := extent.Extent{}
+	if d != nil {
+		whole.Len = d.SizeBytes
+	}
+	if n, ok := c.badFiles[id]; ok {
+		c.hit(n, rec, d, whole)
+		return nil
+	}
+	f, base, err := c.r.openManifests(ctx, id)
+	if err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		c.hit(c.find(Finding{Object: manifestName(m), Offset: offsetOf(err), Err: err}), rec, d, whole)
+		return nil
+	}
+	if base != nil {
+		if n, ok := c.badFiles[f.Base]; ok {
+			c.hit(n, rec, d, whole)
+			return nil
+		}
+		for i := range base.Written() {
+			if _, replaced := f.Find(base.PageNo(i)); !replaced {
+				if err := c.blamePage(ctx, rec, d, f.Base, base, i); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	for i := range f.Written() {
+		if err := c.blamePage(ctx, rec, d, id, f, i); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *check) blamePage(ctx context.Context, rec *record, d *point.Disk, id manifest.ID, f *manifest.File, i int) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	first := f.PageNo(i) * manifest.Positions
+	part := func(index, n int64) extent.Extent {
+		off := index * f.ChunkBytes
+		return extent.Extent{Off: off, Len: min(n*f.ChunkBytes, f.DiskBytes-off)}
+	}
+	if n, ok := c.badPages[pageRef{id, i}]; ok {
+		c.hit(n, rec, d, part(first, manifest.Positions))
+		return nil
+	}
+	if len(c.bad) == 0 {
+		return nil
+	}
+	ids, err := f.Needs(i)
+	if err != nil {
+		return nil // it was good a moment ago: the next check will say
+	}
+	lost := func(id chunk.ID) bool { _, ok := c.bad[index.KeyOf(id)]; return ok }
+	if !slices.ContainsFunc(ids, lost) {
+		return nil
+	}
+	if d == nil {
+		for _, id := range ids {
+			if n, ok := c.bad[index.KeyOf(id)]; ok {
+				c.hit(n, rec, nil, extent.Extent{})
+			}
+		}
+		return nil
+	}
+	p, err := f.Page(i)
+	if err != nil {
+		return nil
+	}
+	for k := range p.IDs {
+		if n, ok := c.bad[index.KeyOf(p.IDs[k])]; ok && p.Data[k] {
+			c.hit(n, rec, d, part(first+int64(k), 1))
+		}
+	}
+	return nil
 }

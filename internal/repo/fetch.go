@@ -332,7 +332,7 @@ func (w *reader) run(ctx context.Context, u run, fn func(index int64, data []byt
 	p := w.h.packs[u.pack]
 	w.h.mu.RUnlock()
 	if n := u.len(); int64(cap(w.buf)) < n {
-		w.buf = make([]byte, max(n, runBytes+pack.RecordOverhead))
+		w.buf = make([]byte, max(n, min(2*int64(cap(w.buf)), runBytes)))
 	}
 	buf := w.buf[:u.len()]
 	n, err := w.d.r.st.ReadAt(ctx, p.name(), buf, u.off())

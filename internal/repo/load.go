@@ -25,7 +25,7 @@ type packState uint8
 
 const (
 	packSound   packState = iota
-	packShort             // shorter than its index says
+	packDamaged           // shorter than its index says, or without its end
 	packMissing           // named by an index, not in the store
 )
 
@@ -62,7 +62,7 @@ func parseHashName(name, prefix string) (id [32]byte, ok bool) {
 
 // holdings are the packs of the repository and where each chunk lies.
 type holdings struct {
-	vacuums string // the names under vacuum/ when this was loaded
+	vacuums string // what was under vacuum/ when this was loaded
 
 	mu       sync.RWMutex
 	packs    []heldPack
@@ -89,7 +89,11 @@ func (r *Repository) held(ctx context.Context) (*holdings, error) {
 	if r.hold != nil {
 		return r.hold, nil
 	}
-	return r.loadLocked(ctx)
+	h, err := r.load(ctx)
+	if err == nil {
+		r.hold = h
+	}
+	return h, err
 }
 
 // reload loads the holdings again unless somebody did since old.
@@ -99,19 +103,23 @@ func (r *Repository) reload(ctx context.Context, old *holdings) (*holdings, erro
 	if r.hold != nil && r.hold != old {
 		return r.hold, nil
 	}
-	return r.loadLocked(ctx)
+	h, err := r.load(ctx)
+	if err == nil {
+		r.hold = h
+	}
+	return h, err
 }
 
-// loadLocked reads vacuum/ first: whatever a vacuum does after that, a session
+// load reads vacuum/ first: whatever a vacuum does after that, a session
 // will see another list there and load again.
-func (r *Repository) loadLocked(ctx context.Context) (*holdings, error) {
+func (r *Repository) load(ctx context.Context) (*holdings, error) {
 	h := &holdings{byID: map[[32]byte]uint32{}, bad: map[index.Key]bool{}, planned: map[string]bool{}, table: new(index.Table)}
 	vs, err := r.vacuums(ctx)
 	if err != nil {
 		return nil, err
 	}
 	for _, v := range vs {
-		h.vacuums += v.id + "\n"
+		h.vacuums += v.String()
 		for _, name := range v.outcome.Delete {
 			h.planned[name] = true
 		}
@@ -129,11 +137,7 @@ func (r *Repository) loadLocked(ctx context.Context) (*holdings, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := r.adopt(ctx, h, indexed); err != nil {
-		return nil, err
-	}
-	r.hold = h
-	return h, nil
+	return h, r.adopt(ctx, h, indexed)
 }
 
 // loadIndexes reads all index objects. What a later one says of a chunk wins:
@@ -188,10 +192,10 @@ func (r *Repository) adopt(ctx context.Context, h *holdings, indexed map[[32]byt
 		if err != nil {
 			h.findings = append(h.findings, Finding{Object: p.name(), Offset: -1, Err: err})
 		}
-		if len(entries) == 0 {
-			continue
-		}
 		ip := indexPack(p.id, p.bytes, entries)
+		if err != nil {
+			h.packs[h.byID[p.id]].state = packDamaged
+		}
 		h.add(ip)
 		if err == nil {
 			h.orphans = append(h.orphans, ip)
@@ -255,7 +259,7 @@ func (h *holdings) add(p index.Pack) {
 		h.byID[p.ID] = n
 		h.packs = append(h.packs, heldPack{id: p.ID, bytes: 0, state: packMissing})
 	} else if hp := &h.packs[n]; hp.state == packSound && hp.bytes < int64(p.Bytes) {
-		hp.state = packShort
+		hp.state = packDamaged
 	}
 	state := h.packs[n].state
 	for _, e := range p.Entries {

@@ -104,6 +104,9 @@ type aVacuum struct {
 	outcome outcome
 }
 
+// String is different for every state that a vacuum can be in.
+func (v *aVacuum) String() string { return v.id + " " + v.outcome.State + "\n" }
+
 // vacuums lists all vacuums that began and are not yet cleaned away.
 func (r *Repository) vacuums(ctx context.Context) (vs []aVacuum, err error) {
 	for o, err := range r.st.List(ctx, vacuumPrefix) {
@@ -131,26 +134,20 @@ func (r *Repository) settle(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	names := ""
+	state := ""
 	for _, v := range vs {
-		names += v.id + "\n"
-		if v.outcome.State != "" {
-			continue
+		if v.outcome.State == "" {
+			if v.outcome, err = r.decide(ctx, outcome{Of: v.id, State: revoked}); err != nil {
+				return err
+			}
 		}
-		o, err := r.decide(ctx, outcome{Of: v.id, State: revoked})
-		if err != nil {
-			return err
-		}
-		if o.State == committed {
-			names = "" // it committed just now: load whatever the names are
-			break
-		}
+		state += v.String()
 	}
 	h, err := r.held(ctx)
 	if err != nil {
 		return err
 	}
-	if h.vacuums != names {
+	if h.vacuums != state {
 		_, err = r.reload(ctx, h)
 	}
 	return err

@@ -1,10 +1,31 @@
 package repo
 
-import "context"
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/chunk"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo/internal/index"
+	"github.com/backstay/backstay/internal/repo/internal/manifest"
+	"github.com/backstay/backstay/internal/repo/internal/object"
+	"github.com/backstay/backstay/internal/repo/internal/pack"
+)
+
+// rewriteShare is from which percentage of dead bytes on a pack is rewritten.
+const rewriteShare = 30
+
+// fewIndexes is how many index objects are not worth being joined.
+const fewIndexes = 8
 
 // VacuumOptions say how to vacuum.
 type VacuumOptions struct {
-	DryRun   bool // report only
+	DryRun   bool // report only; nothing is written or locked
 	Progress func(done, total int64)
 }
 
@@ -12,14 +33,458 @@ type VacuumOptions struct {
 type VacuumReport struct {
 	DeletedPacks   int   `json:"deleted_packs"`
 	RewrittenPacks int   `json:"rewritten_packs"`
-	FreedBytes     int64 `json:"freed_bytes"`
+	FreedBytes     int64 `json:"freed_bytes"` // of packs, what was rewritten taken off
 	RewrittenBytes int64 `json:"rewritten_bytes"`
 	KeptWasteBytes int64 `json:"kept_waste_bytes"` // dead, in packs not worth a rewrite
 	Revoked        int   `json:"revoked"`          // sessions that died without an outcome
 }
 
 // Vacuum frees what no restore point needs. It needs no keys. It gives
-// fault.ErrLocked while a writer is known to live.
+// fault.ErrLocked while a writer is known to live, and fault.ErrFenced if a
+// session began meanwhile where the store cannot show that; then nothing was
+// deleted and it may be repeated.
+//
+// The order is the promise: docs/format/repository.md, "Vacuum and writers".
+// Until the outcome of the vacuum exists it only adds; from then on all that it
+// deletes is written down, for the next one to finish.
 func (r *Repository) Vacuum(ctx context.Context, o VacuumOptions) (VacuumReport, error) {
-	return VacuumReport{}, errSoon
+	v := &vacuum{r: r, o: o}
+	if !o.DryRun {
+		r.sessMu.Lock()
+		n := r.sessions
+		r.sessMu.Unlock()
+		if n > 0 {
+			return v.report, fmt.Errorf("a backup is running: %w", fault.ErrLocked)
+		}
+		if l, ok := r.st.(blob.Locker); ok {
+			release, err := l.Lock(ctx, writersLock, true)
+			if err != nil {
+				return v.report, err
+			}
+			defer release()
+		}
+	}
+	if err := v.run(ctx); err != nil {
+		return v.report, fmt.Errorf("vacuum: %w", err)
+	}
+	return v.report, nil
+}
+
+// A vacuum is one run of Vacuum.
+type vacuum struct {
+	r      *Repository
+	o      VacuumOptions
+	report VacuumReport
+
+	id       string
+	bin      [16]byte
+	sessions []string // that began before, all decided now
+	h        *holdings
+	recs     []*record
+	needs    needs
+	marks    *index.Marks
+	live     []int64 // bytes of live records, by pack
+	kept     []int64 // bytes of a pack of nothing but those, by pack
+
+	dead, rewrite []uint32     // packs
+	fresh         []index.Pack // what was rewritten went here
+	reindexed     bool         // new index objects replace all that were read
+	plan          []string     // to delete, in order
+}
+
+func (v *vacuum) run(ctx context.Context) (err error) {
+	if err := v.fence(ctx); err != nil {
+		return err
+	}
+	// Its own holdings: the table must not change while it is marked.
+	if v.h, err = v.r.load(ctx); err != nil {
+		return err
+	}
+	if v.recs, err = v.r.list(ctx); err != nil {
+		return err // nobody knows what an unreadable point needs
+	}
+	if err := v.mark(ctx); err != nil {
+		return err
+	}
+	v.choose()
+	if v.o.DryRun {
+		return nil
+	}
+	if err := v.copyLive(ctx); err != nil {
+		return err
+	}
+	if err := v.writeIndex(ctx); err != nil {
+		return err
+	}
+	if err := v.planRest(ctx); err != nil {
+		return err
+	}
+	out, err := v.r.decide(ctx, outcome{Of: v.id, State: committed, Delete: v.plan})
+	if err != nil {
+		return err
+	}
+	if out.State == revoked {
+		return fmt.Errorf("a backup began: %w", fault.ErrFenced)
+	}
+	defer v.r.forget()
+	for i, name := range v.plan {
+		if err := v.r.st.Delete(ctx, name); err != nil {
+			return err
+		}
+		v.progress(i + 1 + len(v.rewrite))
+	}
+	return nil
+}
+
+// progress counts packs rewritten and then objects deleted; the total grows
+// when the deletions are known.
+func (v *vacuum) progress(done int) {
+	if v.o.Progress != nil {
+		v.o.Progress(int64(done), int64(len(v.rewrite)+max(len(v.plan), len(v.rewrite)+len(v.dead))))
+	}
+}
+
+// forget makes the next user load the holdings again.
+func (r *Repository) forget() {
+	r.loadMu.Lock()
+	defer r.loadMu.Unlock()
+	r.hold = nil
+}
+
+// fence announces the vacuum, finishes earlier ones and decides every session
+// that has no outcome.
+func (v *vacuum) fence(ctx context.Context) (err error) {
+	if !v.o.DryRun {
+		if v.id, v.bin, err = newID(); err != nil {
+			return err
+		}
+		b, err := object.Encode(started{Format: formatVersion, Vacuum: v.id})
+		if err != nil {
+			return err
+		}
+		if err := create(ctx, v.r.st, vacuumPrefix+v.id, b); err != nil {
+			return err
+		}
+		if err := v.finishEarlier(ctx); err != nil {
+			return err
+		}
+	}
+	for o, err := range v.r.st.List(ctx, sessionPrefix) {
+		if err != nil {
+			return err
+		}
+		id := strings.TrimPrefix(o.Name, sessionPrefix)
+		if !isID(id) {
+			continue
+		}
+		out, err := v.r.outcomeOf(ctx, id)
+		if err != nil {
+			return err
+		}
+		if out.State == "" {
+			v.report.Revoked++
+			if v.o.DryRun {
+				continue
+			}
+			if out, err = v.r.decide(ctx, outcome{Of: id, State: revoked}); err != nil {
+				return err
+			}
+			if out.State == committed {
+				v.report.Revoked-- // it was faster
+			}
+		}
+		v.sessions = append(v.sessions, id)
+	}
+	return nil
+}
+
+// finishEarlier ends every vacuum that began before this one: what it was going
+// to delete is deleted, or it can delete nothing any more.
+func (v *vacuum) finishEarlier(ctx context.Context) error {
+	vs, err := v.r.vacuums(ctx)
+	if err != nil {
+		return err
+	}
+	for _, e := range vs {
+		if e.id == v.id {
+			continue
+		}
+		if e.outcome.State == "" {
+			if e.outcome, err = v.r.decide(ctx, outcome{Of: e.id, State: revoked}); err != nil {
+				return err
+			}
+		}
+		for _, name := range e.outcome.Delete {
+			if err := v.r.st.Delete(ctx, name); err != nil {
+				return err
+			}
+		}
+		if err := v.r.st.Delete(ctx, vacuumPrefix+e.id); err != nil {
+			return err
+		}
+		if e.outcome.State == committed {
+			if err := v.r.st.Delete(ctx, outcomePrefix+e.id); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// mark finds out which chunks live.
+func (v *vacuum) mark(ctx context.Context) error {
+	v.marks = v.h.table.NewMarks()
+	v.live, v.kept = make([]int64, len(v.h.packs)), make([]int64, len(v.h.packs))
+	v.needs = needs{
+		r: v.r,
+		visit: func(id manifest.ID, f *manifest.File, i int) error {
+			ids, err := f.Needs(i)
+			if err != nil {
+				return manifestError(id, err)
+			}
+			for _, id := range ids {
+				v.markOne(id)
+			}
+			return nil
+		},
+		fail: func(_ manifest.ID, err error) error { return err },
+	}
+	for _, rec := range v.recs {
+		for _, s := range rec.clear.Records {
+			id, err := hexID(s)
+			if err != nil {
+				return &fault.CorruptError{Object: pointPrefix + rec.name, Offset: -1, Err: err}
+			}
+			v.markOne(id)
+		}
+	}
+	return v.needs.walk(ctx, v.recs)
+}
+
+// markOne keeps a chunk. One that is in no pack is lost already; that is for
+// Check to say.
+func (v *vacuum) markOne(id chunk.ID) {
+	if p, _, fresh := v.marks.Mark(index.KeyOf(id)); fresh {
+		e := pack.Entry{CLen: p.CLen}
+		v.live[p.Pack] += e.Bytes()
+		v.kept[p.Pack] += e.Bytes() + pack.EntryBytes
+	}
+}
+
+// choose decides about each pack. Damaged ones stay: what is left in them may
+// be all that there is.
+func (v *vacuum) choose() {
+	for i := range v.h.packs {
+		p, live := &v.h.packs[i], v.live[i]
+		waste := p.bytes - v.kept[i] - pack.FrameBytes
+		switch {
+		case p.state == packMissing:
+		case live == 0 && p.state == packSound:
+			v.dead = append(v.dead, uint32(i))
+			v.report.DeletedPacks++
+			v.report.FreedBytes += p.bytes
+		case p.state == packSound && waste*100 >= p.bytes*rewriteShare:
+			v.rewrite = append(v.rewrite, uint32(i))
+			v.report.RewrittenPacks++
+			v.report.RewrittenBytes += live
+			v.report.FreedBytes += p.bytes - live
+		default:
+			v.report.KeptWasteBytes += max(0, waste)
+		}
+	}
+}
+
+// copyLive writes what lives in packs that are mostly dead into new ones,
+// record by record as they are.
+func (v *vacuum) copyLive(ctx context.Context) error {
+	mem := pack.NewMemory(2 * pack.TargetBytes)
+	b := pack.NewBuilder(mem, v.r.id, v.bin)
+	defer func() { b.Free() }()
+	send := func() error {
+		if b.Len() == 0 {
+			return nil
+		}
+		entries := b.Entries()
+		_, sum := b.Finish()
+		if err := v.r.st.Put(ctx, packName(sum), b, b.Bytes()); err != nil {
+			return err
+		}
+		v.fresh = append(v.fresh, indexPack(sum, b.Bytes(), entries))
+		b.Free()
+		b = pack.NewBuilder(mem, v.r.id, v.bin)
+		return nil
+	}
+	kept := v.rewrite[:0]
+	for i, n := range v.rewrite {
+		p := v.h.packs[n]
+		data, records, err := v.liveRecords(ctx, n)
+		if err != nil && !errors.Is(err, fault.ErrCorrupt) {
+			return err
+		}
+		if err != nil {
+			// Leave it as it is: Check will name it.
+			v.report.RewrittenPacks--
+			v.report.RewrittenBytes -= v.live[n]
+			v.report.FreedBytes -= p.bytes - v.live[n]
+			v.report.KeptWasteBytes += p.bytes - v.live[n]
+			continue
+		}
+		for _, e := range records {
+			rec := data[e.Off:e.End()]
+			if b.Full(len(rec)) {
+				if err := send(); err != nil {
+					return err
+				}
+			}
+			if _, err := b.Append(e, rec); err != nil {
+				return err
+			}
+		}
+		kept = append(kept, n)
+		v.progress(i + 1)
+	}
+	v.rewrite = kept
+	return send()
+}
+
+// liveRecords reads pack n and gives its live records, each with its checksum
+// right; otherwise an error in class fault.ErrCorrupt.
+func (v *vacuum) liveRecords(ctx context.Context, n uint32) (data []byte, live []pack.Entry, err error) {
+	p := v.h.packs[n]
+	if data, err = v.r.readPack(ctx, p); err != nil {
+		return nil, nil, err
+	}
+	good, _ := pack.Scan(data, v.r.id)
+	var bytes int64
+	for _, e := range good {
+		k := index.KeyOf(e.ID)
+		if at, ok := v.h.table.Lookup(k); ok && at.Pack == n && at.Off == e.Off && v.marks.Has(k) {
+			live = append(live, e)
+			bytes += e.Bytes()
+		}
+	}
+	if bytes != v.live[n] {
+		return nil, nil, fault.Corrupt(packLabel(p.id), -1, "%d bytes of live records are readable, %d are needed", bytes, v.live[n])
+	}
+	return data, live, nil
+}
+
+// writeIndex writes index objects that name every pack that stays, and plans
+// to delete the old ones, if that is worth the while.
+func (v *vacuum) writeIndex(ctx context.Context) error {
+	changed := len(v.dead)+len(v.rewrite) > 0
+	if !changed && len(v.h.indexes) <= fewIndexes && len(v.h.orphans) == 0 && len(v.h.findings) == 0 {
+		return nil
+	}
+	v.reindexed = true
+	packs := append(v.staying(), v.fresh...)
+	for n := 0; len(packs) > 0; n++ {
+		k, bytes := 0, int64(0)
+		for k < len(packs) && (k == 0 || bytes < index.CutBytes) {
+			bytes += packs[k].EncodedBytes()
+			k++
+		}
+		if err := put(ctx, v.r.st, fmt.Sprintf("%s%s-%06d", indexPrefix, v.id, n), index.Encode(v.r.id, packs[:k])); err != nil {
+			return err
+		}
+		packs = packs[k:]
+	}
+	return nil
+}
+
+// staying are the sound packs that are not deleted, with what the table knows
+// to be in them. Of damaged ones the trailers speak again at the next load.
+func (v *vacuum) staying() []index.Pack {
+	goes := make([]bool, len(v.h.packs))
+	for _, n := range slices.Concat(v.dead, v.rewrite) {
+		goes[n] = true
+	}
+	counts := make([]int, len(v.h.packs))
+	for _, p := range v.h.table.All() {
+		counts[p.Pack]++
+	}
+	packs := make([]index.Pack, len(v.h.packs))
+	for i := range packs {
+		packs[i] = index.Pack{ID: v.h.packs[i].id, Bytes: uint32(v.h.packs[i].bytes)}
+		if !goes[i] {
+			packs[i].Entries = make([]index.Entry, 0, counts[i])
+		}
+	}
+	for k, p := range v.h.table.All() {
+		if !goes[p.Pack] {
+			packs[p.Pack].Entries = append(packs[p.Pack].Entries, index.Entry{Key: k, Off: p.Off, CLen: p.CLen})
+		}
+	}
+	out := packs[:0]
+	for i, p := range packs {
+		if !goes[i] && v.h.packs[i].state == packSound {
+			slices.SortFunc(p.Entries, func(a, b index.Entry) int { return cmp.Compare(a.Off, b.Off) })
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// planRest lists everything that nobody needs, packs last.
+func (v *vacuum) planRest(ctx context.Context) error {
+	exists := map[string]bool{}
+	for _, rec := range v.recs {
+		exists[rec.name] = true
+	}
+	unneeded := func(prefix string, garbage func(rest string) (bool, error)) error {
+		for o, err := range v.r.st.List(ctx, prefix) {
+			if err != nil {
+				return err
+			}
+			yes, err := garbage(strings.TrimPrefix(o.Name, prefix))
+			if err != nil {
+				return err
+			}
+			if yes {
+				v.plan = append(v.plan, o.Name)
+			}
+		}
+		return nil
+	}
+	noPoint := func(name string) (bool, error) { return parsePointName(name) && !exists[name], nil }
+	err := errors.Join(
+		unneeded(manifestPrefix, func(rest string) (bool, error) {
+			id, ok := parseHashName(manifestPrefix+rest, manifestPrefix)
+			return ok && !v.needs.files[manifest.ID(id)], nil
+		}),
+		unneeded(pointPrefix, noPoint),
+		unneeded(suspectPrefix, noPoint),
+		unneeded(outcomePrefix, func(id string) (bool, error) { return v.emptyOutcome(ctx, id, exists) }),
+	)
+	if err != nil {
+		return err
+	}
+	for _, id := range v.sessions {
+		v.plan = append(v.plan, sessionPrefix+id)
+	}
+	if v.reindexed {
+		for _, o := range v.h.indexes {
+			v.plan = append(v.plan, o.Name)
+		}
+	}
+	for _, n := range slices.Concat(v.dead, v.rewrite) {
+		v.plan = append(v.plan, v.h.packs[n].name())
+	}
+	return nil
+}
+
+// emptyOutcome says whether the outcome of id makes no point exist any more.
+// One that revokes stays for ever, because its writer may still wake up.
+func (v *vacuum) emptyOutcome(ctx context.Context, id string, exists map[string]bool) (bool, error) {
+	if !isID(id) {
+		return false, nil
+	}
+	out, err := v.r.outcomeOf(ctx, id)
+	if errors.Is(err, fault.ErrCorrupt) {
+		return false, nil
+	}
+	if err != nil || out.State != committed {
+		return false, err
+	}
+	return !slices.ContainsFunc(out.Points, func(name string) bool { return exists[name] }), nil
 }

@@ -136,17 +136,26 @@ func (t *Table) Bytes() (n int64) {
 	return n
 }
 
-// All walks the table. The table must not change meanwhile.
+// All walks the table. Whoever walks must not insert.
 func (t *Table) All() iter.Seq2[Key, Place] {
 	return func(yield func(Key, Place) bool) {
 		for i := range t.shard {
-			for _, e := range t.shard[i].slots {
-				if e.pack != 0 && !yield(e.key, Place{e.pack - 1, e.off, e.ciphers}) {
-					return
-				}
+			if !t.shard[i].all(yield) {
+				return
 			}
 		}
 	}
+}
+
+func (s *shard) all(yield func(Key, Place) bool) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	for _, e := range s.slots {
+		if e.pack != 0 && !yield(e.key, Place{e.pack - 1, e.off, e.ciphers}) {
+			return false
+		}
+	}
+	return true
 }
 
 // A Marks is a set of the chunks of a table that no longer changes, one bit a

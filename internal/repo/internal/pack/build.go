@@ -152,11 +152,11 @@ func (b *Builder) Merge(c *Builder) error {
 // Finish writes entries and footer and gives the pack's id in hexadecimal. The
 // pack is then read with ReadAt and Bytes.
 func (b *Builder) Finish() (id string, sum [32]byte) {
-	t := make([]byte, len(b.entries)*entryBytes+footerBytes)
+	t := make([]byte, len(b.entries)*EntryBytes+footerBytes)
 	for i, e := range b.entries {
-		putEntry(t[i*entryBytes:], e)
+		putEntry(t[i*EntryBytes:], e)
 	}
-	at := len(b.entries) * entryBytes
+	at := len(b.entries) * EntryBytes
 	putFooter(t[at:], len(b.entries), crc32.Checksum(t[:at], castagnoli))
 	b.room(len(t), true)
 	b.write(t)

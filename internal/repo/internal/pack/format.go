@@ -26,8 +26,9 @@ const (
 	HeaderBytes    = 64
 	RecordHeader   = 64
 	RecordOverhead = RecordHeader + seal.Overhead
-	entryBytes     = 48
+	EntryBytes     = 48
 	footerBytes    = 32
+	FrameBytes     = HeaderBytes + footerBytes // of a pack without records
 	// MaxRecord is the longest record that a pack may hold.
 	MaxRecord = RecordOverhead + chunk.MaxBytes + slackBytes
 	// slackBytes is how much longer than its chunk a ciphertext may be.
@@ -123,7 +124,7 @@ func (e Entry) check() error {
 }
 
 func putEntry(b []byte, e Entry) {
-	clear(b[:entryBytes])
+	clear(b[:EntryBytes])
 	copy(b, e.ID[:])
 	le.PutUint32(b[32:], e.Off)
 	le.PutUint32(b[36:], e.CLen)

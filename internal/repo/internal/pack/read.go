@@ -21,10 +21,10 @@ func ReadEntries(r io.ReaderAt, size int64) ([]Entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	if n > (size-HeaderBytes-footerBytes)/(entryBytes+RecordOverhead) {
+	if n > (size-HeaderBytes-footerBytes)/(EntryBytes+RecordOverhead) {
 		return nil, fmt.Errorf("footer speaks of %d records in %d bytes", n, size)
 	}
-	b := make([]byte, n*entryBytes)
+	b := make([]byte, n*EntryBytes)
 	end := size - footerBytes - int64(len(b))
 	if err := readFull(r, b, end); err != nil {
 		return nil, err
@@ -59,10 +59,10 @@ func parseEntries(b []byte, crc uint32, end int64) ([]Entry, error) {
 	if crc32.Checksum(b, castagnoli) != crc {
 		return nil, errors.New("entries' checksum does not match")
 	}
-	entries := make([]Entry, len(b)/entryBytes)
+	entries := make([]Entry, len(b)/EntryBytes)
 	next := int64(HeaderBytes)
 	for i := range entries {
-		p, e := b[i*entryBytes:], &entries[i]
+		p, e := b[i*EntryBytes:], &entries[i]
 		copy(e.ID[:], p)
 		e.Off, e.CLen, e.PLen, e.Encoding = le.Uint32(p[32:]), le.Uint32(p[36:]), le.Uint32(p[40:]), p[44]
 		if err := e.check(); err != nil {

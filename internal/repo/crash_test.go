@@ -1,0 +1,341 @@
+package repo
+
+import (
+	"bytes"
+	"errors"
+	"testing"
+
+	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/blobtest"
+	"github.com/backstay/backstay/internal/blob/mem"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/point"
+)
+
+// history is a repository with points whose content is known.
+type history struct {
+	points  []*point.RestorePoint
+	content map[point.ID][]byte
+}
+
+func (h *history) add(p *point.RestorePoint, content []byte) {
+	if h.content == nil {
+		h.content = map[point.ID][]byte{}
+	}
+	h.points = append(h.points, p)
+	h.content[p.ID] = content
+}
+
+// mustBeWhole checks that all points that exist are complete, that those in
+// must do exist, and that nothing is found to be wrong.
+func mustBeWhole(t *testing.T, st blob.Store, h *history, must ...*point.RestorePoint) *Repository {
+	t.Helper()
+	r := mustOpen(t, st)
+	points, err := r.Points(bg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	there := map[point.ID]bool{}
+	for _, p := range points {
+		there[p.ID] = true
+		mustRead(t, r, p, h.content[p.ID])
+	}
+	for _, p := range must {
+		if !there[p.ID] {
+			t.Fatalf("%s is gone", p.Ref())
+		}
+	}
+	mustCheck(t, r, CheckOptions{ReadData: true})
+	return r
+}
+
+func mustCheck(t *testing.T, r *Repository, o CheckOptions) CheckReport {
+	t.Helper()
+	rep, err := r.Check(bg, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range rep.Findings {
+		t.Errorf("%s at %d: %v %v", f.Object, f.Offset, f.Err, f.Hits)
+	}
+	if t.Failed() {
+		t.FailNow()
+	}
+	return rep
+}
+
+// noLocks hides that a store has locks, as a bucket has none.
+type noLocks struct{ blob.Store }
+
+// disks are the contents that the crash tests back up one after the other.
+func disks() (a, b []byte) {
+	a = append(noise(1, 12*testChunk), text(2, 3*testChunk+5)...)
+	b = bytes.Clone(a)
+	copy(b[2*testChunk:], noise(3, testChunk))
+	copy(b[8*testChunk:], text(4, 2*testChunk))
+	return a, b
+}
+
+// However far a backup got before the power went, every restore point that
+// exists afterwards is complete, and the next backup works and stores nothing
+// twice.
+func TestBackupSurvivesCrash(t *testing.T) {
+	a, b := disks()
+	base := mem.New()
+	mustInit(t, base)
+	h := &history{}
+	first := mustBackup(t, mustOpen(t, base), "web01", a, nil, nil)
+	h.add(first, a)
+	for _, applied := range []bool{false, true} {
+		for n := 0; ; n++ {
+			disk := base.Clone()
+			crash := blobtest.CrashAfter(n, disk)
+			if applied {
+				crash = blobtest.CrashAfterApplied(n, disk)
+			}
+			p, err := runBackup(crash, b, first, a)
+			if p != nil {
+				h.add(p, b)
+			}
+			r := mustBeWhole(t, disk, h, first)
+			next := mustBackup(t, r, "web01", b, first, a)
+			h.add(next, b)
+			mustBeWhole(t, disk, h, first, next)
+			if packs := count(t, disk, packPrefix); n >= 2 && packs > 3 {
+				t.Errorf("crash after %d: %d packs: the interrupted backup's were not reused", n, packs)
+			}
+			if _, err := r.Vacuum(bg, VacuumOptions{}); err != nil {
+				t.Fatalf("crash after %d: vacuum: %v", n, err)
+			}
+			mustBeWhole(t, disk, h, first, next)
+			if err == nil {
+				break // it needed only n writes
+			}
+			if n > 100 {
+				t.Fatal("it never ends")
+			}
+		}
+	}
+}
+
+func runBackup(st blob.Store, content []byte, prev *point.RestorePoint, prevContent []byte) (*point.RestorePoint, error) {
+	r, err := Open(bg, st, testKey)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	return backup(bg, r, "web01", content, prev, prevContent)
+}
+
+func count(t *testing.T, st blob.Store, prefix string) int {
+	t.Helper()
+	names, err := blobtest.Names(bg, st, prefix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(names)
+}
+
+// garbageRepo is a repository in which vacuum finds work of every kind: a dead
+// pack, a pack to rewrite, dead manifests, a session that died.
+func garbageRepo(t *testing.T) (*mem.Store, *history, *point.RestorePoint) {
+	st := mem.New()
+	mustInit(t, st)
+	r := mustOpen(t, st)
+	h := &history{}
+	a, b := disks()
+	p := mustBackup(t, r, "web01", a, nil, nil)
+	q := mustBackup(t, r, "web01", b, p, a)
+	h.add(p, a)
+	h.add(q, b)
+	c := append(bytes.Clone(b[:3*testChunk]), noise(9, 20*testChunk)...)
+	u := mustBackup(t, r, "db01", c, nil, nil)
+	h.add(u, c)
+	// keeps a little of a large pack
+	k := bytes.Clone(c[3*testChunk : 5*testChunk])
+	v := mustBackup(t, r, "db02", k, nil, nil)
+	h.add(v, k)
+	for _, gone := range []*point.RestorePoint{p, u} {
+		if err := r.DeletePoint(bg, gone.VM, gone.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := runBackup(blobtest.CrashAfter(3, st), noise(77, 5*testChunk), nil, nil); err == nil {
+		t.Fatal("the crash did not happen")
+	}
+	return st, &history{points: []*point.RestorePoint{q, v}, content: h.content}, q
+}
+
+// However far a vacuum got, nothing is lost, and a second one finishes.
+func TestVacuumSurvivesCrash(t *testing.T) {
+	for _, locks := range []bool{true, false} {
+		for _, applied := range []bool{false, true} {
+			st, h, _ := garbageRepo(t)
+			want := -1
+			for n := 0; ; n++ {
+				disk := st.Clone()
+				view := func() blob.Store {
+					if locks {
+						return disk
+					}
+					return noLocks{disk}
+				}
+				crash := blobtest.CrashAfter(n, view())
+				if applied {
+					crash = blobtest.CrashAfterApplied(n, view())
+				}
+				r, err := OpenKeyless(bg, crash)
+				if err != nil {
+					t.Fatal(err)
+				}
+				rep, err := r.Vacuum(bg, VacuumOptions{})
+				mustBeWhole(t, view(), h, h.points...)
+
+				// A backup right after the crash must not build on what the
+				// vacuum was about to delete.
+				other := disk.Clone()
+				dead := noise(9, 20*testChunk)
+				r2 := mustOpen(t, noLocks{other})
+				fresh := mustBackup(t, r2, "db03", dead, nil, nil)
+				h.content[fresh.ID] = dead
+				finish(t, noLocks{other})
+				mustBeWhole(t, noLocks{other}, h, append(h.points, fresh)...)
+
+				finish(t, view())
+				mustBeWhole(t, view(), h, h.points...)
+				if got := count(t, disk, packPrefix) + count(t, disk, manifestPrefix) + count(t, disk, pointPrefix); want < 0 {
+					want = got
+				} else if got != want {
+					t.Errorf("crash after %d: %d objects are left, want %d", n, got, want)
+				}
+				if err == nil {
+					if rep.DeletedPacks == 0 || rep.RewrittenPacks == 0 || rep.Revoked != 1 {
+						t.Errorf("vacuum had less to do than meant: %+v", rep)
+					}
+					break
+				}
+				if n > 100 {
+					t.Fatal("it never ends")
+				}
+			}
+		}
+	}
+}
+
+func finish(t *testing.T, st blob.Store) {
+	t.Helper()
+	r, err := OpenKeyless(bg, st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := r.Vacuum(bg, VacuumOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestVacuumIsRefusedWhileAWriterLives(t *testing.T) {
+	st, r := newRepo(t)
+	s, err := r.Begin(bg, SessionOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := mustOpen(t, st).Vacuum(bg, VacuumOptions{}); !errors.Is(err, fault.ErrLocked) {
+		t.Errorf("vacuum beside a writer: %v", err)
+	}
+	if _, err := mustOpen(t, st).Vacuum(bg, VacuumOptions{DryRun: true}); err != nil {
+		t.Errorf("dry run beside a writer: %v", err)
+	}
+	if err := s.Abort(bg); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := mustOpen(t, st).Vacuum(bg, VacuumOptions{}); err != nil {
+		t.Errorf("vacuum after the writer: %v", err)
+	}
+}
+
+// Without locks a vacuum revokes a writer that still lives: it fails cleanly
+// and may be repeated.
+func TestAPausedWriterIsFenced(t *testing.T) {
+	st := mem.New()
+	mustInit(t, st)
+	a, _ := disks()
+	writer := mustOpen(t, noLocks{st})
+	p := mustBackup(t, writer, "web01", a, nil, nil)
+	s, err := writer.Begin(bg, SessionOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := s.Disk(bg, int64(len(a)), p.Disks[0].Manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put, err := w.Put(bg, 1, cut(a, 0))
+	if err != nil || put.Kind != Known {
+		t.Fatalf("%+v, %v", put, err)
+	}
+	other := mustOpen(t, noLocks{st})
+	if err := other.DeletePoint(bg, "web01", p.ID); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err := other.Vacuum(bg, VacuumOptions{}); err != nil || rep.Revoked != 1 {
+		t.Fatalf("%+v, %v", rep, err)
+	}
+	if count(t, st, packPrefix) != 0 {
+		t.Fatal("the vacuum left packs")
+	}
+	m, err := w.Finish(bg)
+	if err == nil {
+		err = s.Commit(bg, newPoint("web01", m, int64(len(a))))
+		if !errors.Is(err, fault.ErrFenced) {
+			t.Errorf("commit of a revoked session: %v", err)
+		}
+	}
+	s.Abort(bg)
+	// The same process goes on, its table being of before the vacuum.
+	h := &history{}
+	h.add(mustBackup(t, writer, "web01", a, nil, nil), a)
+	mustBeWhole(t, noLocks{st}, h, h.points...)
+}
+
+// A session that begins while a vacuum works makes that vacuum harmless.
+func TestASessionRevokesAVacuumThatWorks(t *testing.T) {
+	st, h, _ := garbageRepo(t)
+	for n := 1; ; n++ {
+		disk := st.Clone()
+		writer := mustOpen(t, noLocks{disk})
+		dead := noise(9, 20*testChunk)
+		calls, hit := 0, false
+		var fresh *point.RestorePoint
+		slow := blobtest.Faulty(noLocks{disk}, func(c blobtest.Call) error {
+			if !c.Op.Mutates() {
+				return nil
+			}
+			if calls++; calls == n {
+				hit = true
+				fresh = mustBackup(t, writer, "db03", dead, nil, nil)
+				h.content[fresh.ID] = dead
+			}
+			return nil
+		})
+		r, err := OpenKeyless(bg, slow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err = r.Vacuum(bg, VacuumOptions{}); err != nil && !errors.Is(err, fault.ErrFenced) {
+			t.Fatal(err)
+		}
+		must := h.points
+		if fresh != nil {
+			must = append(must, fresh)
+		}
+		mustBeWhole(t, noLocks{disk}, h, must...)
+		finish(t, noLocks{disk})
+		mustBeWhole(t, noLocks{disk}, h, must...)
+		if !hit {
+			return
+		}
+	}
+}
+

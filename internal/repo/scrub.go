@@ -1,0 +1,262 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"io"
+	"runtime"
+	"strings"
+	"sync"
+
+	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo/internal/index"
+	"github.com/backstay/backstay/internal/repo/internal/object"
+	"github.com/backstay/backstay/internal/repo/internal/pack"
+	"github.com/backstay/backstay/internal/repo/internal/seal"
+)
+
+// scrub reads every object and compares its checksum.
+func (c *check) scrub(ctx context.Context) error {
+	if !c.o.Scrub {
+		return nil
+	}
+	var objects []blob.Object
+	for o, err := range c.r.st.List(ctx, "") {
+		if err != nil {
+			return err
+		}
+		c.total += o.Bytes
+		objects = append(objects, o)
+	}
+	jobs := make(chan blob.Object)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for range min(checkWorkers, runtime.GOMAXPROCS(0)) {
+		wg.Go(func() {
+			s := &scrubber{check: c}
+			if c.r.keys != nil {
+				s.w = c.r.worker(readLevel)
+				defer c.r.idle(readLevel, s.w)
+			}
+			for o := range jobs {
+				if err := s.object(ctx, o); err != nil {
+					cancel(err)
+					return
+				}
+				c.progress(o.Bytes)
+			}
+		})
+	}
+feed:
+	for _, o := range objects {
+		select {
+		case jobs <- o:
+		case <-ctx.Done():
+			break feed
+		}
+	}
+	close(jobs)
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+func (c *check) progress(n int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.done += n
+	c.report.Bytes += n
+	if c.o.Progress != nil {
+		c.o.Progress(c.done, c.total)
+	}
+}
+
+// A scrubber checks objects one after the other with memory of its own.
+type scrubber struct {
+	*check
+	w     *pack.Worker // nil without keys
+	buf   []byte
+	plain []byte
+}
+
+// object checks one object. Damage is a finding; errors are trouble with the
+// store.
+func (s *scrubber) object(ctx context.Context, o blob.Object) error {
+	var evidence error
+	switch {
+	case strings.HasPrefix(o.Name, packPrefix):
+		id, ok := parsePackName(o.Name)
+		if !ok {
+			return nil // not ours
+		}
+		return s.pack(ctx, id, o)
+	case strings.HasPrefix(o.Name, manifestPrefix):
+		return s.manifest(ctx, o)
+	}
+	b, err := readObject(ctx, s.r.st, o.Name)
+	switch {
+	case errors.Is(err, fault.ErrNotFound):
+		return nil // deleted since it was listed
+	case err != nil:
+		return s.trouble(ctx, o.Name, err)
+	}
+	switch {
+	case strings.HasPrefix(o.Name, indexPrefix):
+		evidence = index.Decode(s.r.id, b, func(index.Pack) error { return nil })
+	case o.Name == configName, ours(o.Name):
+		evidence = object.Check(o.Name, b)
+	}
+	if evidence == nil {
+		return nil
+	}
+	if !errors.Is(evidence, fault.ErrCorrupt) {
+		evidence = &fault.CorruptError{Object: o.Name, Offset: -1, Err: evidence}
+	}
+	s.find(Finding{Object: o.Name, Offset: -1, Err: evidence})
+	return nil
+}
+
+// ours says whether name is that of a small object of a repository.
+func ours(name string) bool {
+	for _, p := range []string{keysPrefix, pointPrefix, sessionPrefix, outcomePrefix, suspectPrefix, vacuumPrefix} {
+		if strings.HasPrefix(name, p) {
+			return true
+		}
+	}
+	return false
+}
+
+// trouble turns an object that cannot be read into a finding; only the end of
+// the context ends the check.
+func (s *scrubber) trouble(ctx context.Context, name string, err error) error {
+	if ctx.Err() != nil {
+		return err
+	}
+	s.find(Finding{Object: name, Offset: -1, Err: err})
+	return nil
+}
+
+func (s *scrubber) manifest(ctx context.Context, o blob.Object) error {
+	id, ok := parseHashName(o.Name, manifestPrefix)
+	if !ok {
+		return nil
+	}
+	f, err := s.r.openManifest(ctx, id)
+	if errors.Is(err, fault.ErrNotFound) {
+		return nil
+	}
+	for i := 0; err == nil && i < f.Written(); i++ {
+		if _, err = f.Needs(i); err != nil {
+			err = manifestError(id, err)
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	if err != nil {
+		s.find(Finding{Object: o.Name, Offset: offsetOf(err), Err: err})
+	}
+	return nil
+}
+
+// pack reads a pack, a second time if it looks damaged, and finds out which of
+// its chunks are lost.
+func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
+	p := heldPack{id: id, bytes: o.Bytes}
+	for try := 0; ; try++ {
+		data, err := s.read(ctx, p)
+		switch {
+		case errors.Is(err, fault.ErrNotFound):
+			return nil
+		case err != nil:
+			if err := s.trouble(ctx, o.Name, err); err != nil {
+				return err
+			}
+			s.lost(p, nil, nil)
+			return nil
+		}
+		sound := seal.Hash(data) == id
+		if !sound && try == 0 {
+			continue
+		}
+		good, damage := []pack.Entry(nil), []pack.Damage(nil)
+		if sound && !s.o.ReadData {
+			return nil
+		}
+		if good, damage = pack.Scan(data, s.r.id); !sound && len(damage) == 0 {
+			damage = []pack.Damage{{Off: -1, Err: errors.New("content does not match its name")}}
+		}
+		if s.o.ReadData {
+			good, damage = s.open(data, good, damage)
+		}
+		if len(damage) > 0 {
+			s.lost(p, good, damage)
+		}
+		return nil
+	}
+}
+
+func (s *scrubber) read(ctx context.Context, p heldPack) ([]byte, error) {
+	if p.bytes > pack.MaxBytes {
+		return nil, fault.Corrupt(packLabel(p.id), -1, "%d bytes are too many", p.bytes)
+	}
+	if int64(cap(s.buf)) < p.bytes {
+		s.buf = make([]byte, max(p.bytes, min(2*int64(cap(s.buf)), pack.TargetBytes+pack.TargetBytes/16)))
+	}
+	n, err := s.r.st.ReadAt(ctx, p.name(), s.buf[:p.bytes], 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	return s.buf[:n], nil
+}
+
+// open opens all records that look good.
+func (s *scrubber) open(data []byte, good []pack.Entry, damage []pack.Damage) ([]pack.Entry, []pack.Damage) {
+	opened := good[:0]
+	for _, e := range good {
+		plain, err := s.w.Open(s.plain, data[e.Off:e.End()], e.ID)
+		if err != nil {
+			damage = append(damage, pack.Damage{Off: int64(e.Off), Err: err, Entry: &e})
+			continue
+		}
+		s.plain = plain
+		opened = append(opened, e)
+	}
+	return opened, damage
+}
+
+// lost makes findings of the damage to a pack, and blames on them all chunks
+// that the index expects there and that are not among the good.
+func (s *scrubber) lost(p heldPack, good []pack.Entry, damage []pack.Damage) {
+	byOff := map[int64]int{}
+	first := -1
+	for _, d := range damage {
+		err := &fault.CorruptError{Object: packLabel(p.id), Offset: d.Off, Err: d.Err}
+		byOff[d.Off] = s.find(Finding{Object: p.name(), Offset: d.Off, Err: err})
+		if first < 0 || d.Entry != nil {
+			first = byOff[d.Off]
+		}
+	}
+	if first < 0 {
+		first = s.find(Finding{Object: p.name(), Offset: -1, Err: fault.Corrupt(packLabel(p.id), -1, "it cannot be read")})
+	}
+	n, ok := s.h.byID[p.id]
+	if !ok {
+		return // nothing refers to it
+	}
+	fine := map[uint32][16]byte{}
+	for _, e := range good {
+		fine[e.Off] = index.KeyOf(e.ID)
+	}
+	for k, at := range s.h.table.All() {
+		if at.Pack != n || fine[at.Off] == k {
+			continue
+		}
+		if f, ok := byOff[int64(at.Off)]; ok {
+			s.blameChunk(k, f)
+		} else {
+			s.blameChunk(k, first)
+		}
+	}
+}
