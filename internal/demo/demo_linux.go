@@ -41,6 +41,7 @@ type story struct {
 	host  *lab.Libvirt
 	vm    *lab.VM
 	disks []string
+	saved int64 // records that the newest backup must hold
 }
 
 func run(ctx context.Context, o Options) (err error) {
@@ -155,10 +156,10 @@ func (s *story) startGuest(ctx context.Context) error {
 func (s *story) boot(ctx context.Context, start func() error) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	began := time.Now()
 	if err := start(); err != nil {
 		return err
 	}
+	began := time.Now()
 	if err := s.vm.WaitAgent(ctx); err != nil {
 		return err
 	}
@@ -171,7 +172,11 @@ func (s *story) boot(ctx context.Context, start func() error) error {
 	if !strings.HasPrefix(said, "WORKLOAD VERIFY OK") {
 		return fmt.Errorf("the guest found its records damaged: %s", said)
 	}
-	return nil
+	number, err := strconv.ParseInt(said[strings.LastIndexByte(said, ' ')+1:], 10, 64)
+	if err == nil && number < s.saved {
+		err = fmt.Errorf("the guest has %d records; there were %d before the backup", number, s.saved)
+	}
+	return err
 }
 
 func (s *story) fullBackup(ctx context.Context) error {
@@ -203,6 +208,7 @@ func (s *story) incremental(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s.saved = after
 	s.say("The guest wrote %s of new files, and its records went from %d to %d.", size(changeBytes), before, after)
 	s.say("QEMU has kept a list of what was written, so only that is read.")
 	if err := s.backstay(ctx, "backup", s.host.KVM(vmName)); err != nil {
