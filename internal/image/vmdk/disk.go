@@ -122,49 +122,74 @@ func readParent(parent image.Image, p []byte, off int64) error {
 }
 
 // Extents walks the grain tables, and those of the parents where this layer
-// has nothing.
+// has nothing. Neighbours of one kind in this layer come as one.
 func (d *Disk) Extents(ctx context.Context, within extent.Extent) iter.Seq2[image.Extent, error] {
 	return func(yield func(image.Extent, error) bool) {
 		within = within.Intersect(extent.Extent{Len: d.size})
-		for off := within.Off; off < within.End(); {
-			if err := ctx.Err(); err != nil {
-				yield(image.Extent{}, err)
-				return
+		give := func(e image.Extent) bool {
+			if e.Kind == image.Absent && d.parent != nil {
+				return d.parentExtents(ctx, e, yield)
 			}
-			part := d.parts[d.find(off)]
-			limit := min(within.End(), part.End()) - off
-			r, err := part.at(off-part.Off, limit)
-			if f, ok := part.layer.(flat); ok {
-				r, err = f.mapped(ctx, off-part.Off, limit)
-			}
+			return e.Len == 0 || yield(e, nil)
+		}
+		var pending image.Extent
+		for off := within.Off; off < within.End(); off = pending.End() {
+			e, err := d.extentAt(ctx, extent.Extent{Off: off, Len: within.End() - off})
 			if err != nil {
-				yield(image.Extent{}, err)
+				if give(pending) {
+					yield(image.Extent{}, err)
+				}
 				return
 			}
-			e := image.Extent{
-				Extent: extent.Extent{Off: off, Len: r.bytes},
-				Kind:   r.kind, Compressed: r.compressed, FileOffset: -1,
-			}
-			if r.kind == image.Data && !r.compressed && len(d.parts) == 1 {
-				e.FileOffset = r.fileOffset
-			}
-			off += r.bytes
-			if r.kind == image.Absent && d.parent != nil {
-				if !d.parentExtents(ctx, e, yield) {
-					return
-				}
+			if continues(pending, e) {
+				pending.Len += e.Len
 				continue
 			}
-			if !yield(e, nil) {
+			if !give(pending) {
 				return
 			}
+			pending = e
 		}
+		give(pending)
 	}
+}
+
+// extentAt is what is at the beginning of within.
+func (d *Disk) extentAt(ctx context.Context, within extent.Extent) (image.Extent, error) {
+	if err := ctx.Err(); err != nil {
+		return image.Extent{}, err
+	}
+	part := d.parts[d.find(within.Off)]
+	at, limit := within.Off-part.Off, min(within.End(), part.End())-within.Off
+	var r run
+	var err error
+	if f, ok := part.layer.(flat); ok {
+		r, err = f.mapped(ctx, at, limit)
+	} else {
+		r, err = part.at(at, limit)
+	}
+	e := image.Extent{
+		Extent: extent.Extent{Off: within.Off, Len: r.bytes},
+		Kind:   r.kind, Compressed: r.compressed, FileOffset: -1,
+	}
+	if r.kind == image.Data && !r.compressed && len(d.parts) == 1 {
+		e.FileOffset = r.fileOffset
+	}
+	return e, err
+}
+
+// continues says whether b goes on where and as a ends.
+func continues(a, b image.Extent) bool {
+	return a.Len > 0 && a.End() == b.Off && a.Kind == b.Kind && a.Compressed == b.Compressed &&
+		(a.FileOffset == -1 && b.FileOffset == -1 || a.FileOffset >= 0 && a.FileOffset+a.Len == b.FileOffset)
 }
 
 // parentExtents gives what the parents have for e, which is absent here. It
 // says whether to go on.
 func (d *Disk) parentExtents(ctx context.Context, e image.Extent, yield func(image.Extent, error) bool) bool {
+	if e.Len == 0 {
+		return true
+	}
 	for up, err := range d.parent.Extents(ctx, e.Extent) {
 		if err != nil {
 			yield(image.Extent{}, err)

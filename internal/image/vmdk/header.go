@@ -115,6 +115,32 @@ func parseHeader(object string, off int64, b []byte) (header, error) {
 func (h header) compressed() bool { return h.flags&flagCompressed != 0 }
 func (h header) markers() bool    { return h.flags&flagMarkers != 0 }
 
+// encode is parseHeader's inverse.
+func (h header) encode() []byte {
+	b := make([]byte, headerBytes)
+	le := binary.LittleEndian
+	copy(b, magicSparse)
+	le.PutUint32(b[4:], h.version)
+	le.PutUint32(b[8:], h.flags)
+	for at, v := range map[int]int64{
+		12: h.capacity, 20: h.grain, 28: h.descOffset, 36: h.descBytes,
+		48: h.rgdOffset, 56: h.gdOffset, 64: h.overhead,
+	} {
+		if v >= 0 {
+			le.PutUint64(b[at:], uint64(v/sector))
+		}
+	}
+	if h.gdOffset < 0 {
+		le.PutUint64(b[56:], gdAtEnd)
+	}
+	le.PutUint32(b[44:], uint32(h.tableSize))
+	copy(b[73:], newlineTest)
+	if h.compressed() {
+		le.PutUint16(b[77:], deflate)
+	}
+	return b
+}
+
 // directoryEntries is how many grain tables the capacity needs.
 func (h header) directoryEntries() int64 {
 	return ceilDiv(ceilDiv(h.capacity, h.grain), h.tableSize)

@@ -12,25 +12,14 @@ import (
 	"github.com/backstay/backstay/internal/image"
 )
 
-// Options say which further files Open may open.
-type Options struct {
-	// Resolver finds the extents that a descriptor names. Without one only
-	// images of a single file open.
-	Resolver image.Resolver
-	// Parent opens the disk that this one is a snapshot of. Without one a
-	// snapshot does not open, with ErrNotAllowed.
-	Parent image.OpenParent
-	// OnlyTop opens a snapshot without its parent: what it does not hold is
-	// Absent and reads as zeros.
-	OnlyTop bool
-}
+const headBytes = 1024
 
-// HeadBytes is how much of a file's beginning Detect wants to see.
-const HeadBytes = 1024
-
-// Detect says whether a file that begins with head is a VMDK, or an extent of
-// one that does not open alone.
-func Detect(head []byte) bool {
+// Probe says whether f begins like a VMDK, or like an extent of one, which
+// does not open alone.
+func Probe(f image.File) bool {
+	head := make([]byte, headBytes)
+	n, _ := f.ReadAt(head, 0)
+	head = head[:n]
 	for _, magic := range []string{magicSparse, magicCOWD, magicSESparse} {
 		if bytes.HasPrefix(head, []byte(magic)) {
 			return true
@@ -50,12 +39,16 @@ func isDescriptor(head []byte) bool {
 	return strings.EqualFold(string(bytes.TrimSpace(line)), "Disk DescriptorFile")
 }
 
-// Open opens the VMDK in f, a descriptor or a file that has one in it. The
-// Disk owns f; if Open fails, f is the caller's as before.
+// Open opens the VMDK in f, a descriptor or a file that has one in it, whose
+// extents come from o.Resolver. The Disk owns f and its parent; if Open fails,
+// f is the caller's as before.
 //
 // Damage is of the class fault.ErrCorrupt, what cannot be read although it is
 // sound (encrypted disks, mappings of raw devices) of fault.ErrUnsupported.
-func Open(f image.File, o Options) (*Disk, error) {
+func Open(f image.File, o image.OpenOptions) (*Disk, error) {
+	if o.Snapshot != "" {
+		return nil, fmt.Errorf("%s: snapshot %q: VMDKs have no internal snapshots: %w", f.Name(), o.Snapshot, fault.ErrNotFound)
+	}
 	if o.Resolver == nil {
 		o.Resolver = image.None
 	}
@@ -74,7 +67,7 @@ func Open(f image.File, o Options) (*Disk, error) {
 // A builder is an Open under way.
 type builder struct {
 	f      image.File
-	o      Options
+	o      image.OpenOptions
 	d      Disk
 	desc   *descriptor
 	byName map[string]image.File
@@ -82,7 +75,7 @@ type builder struct {
 }
 
 func (b *builder) open() error {
-	head := make([]byte, min(HeadBytes, b.f.Bytes()))
+	head := make([]byte, min(headBytes, b.f.Bytes()))
 	if err := readFull(b.f, head, 0); err != nil {
 		return err
 	}
