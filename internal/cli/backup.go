@@ -1,0 +1,272 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/backstay/backstay/internal/backup"
+	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo"
+	"github.com/backstay/backstay/internal/vm"
+)
+
+type backupOptions struct {
+	vm          string
+	consistency string
+	format      string
+	level       string
+	exclude     []string
+	freezeLimit time.Duration
+	maxDelta    sizeFlag
+	parallel    int
+	audit       float64
+}
+
+func (a *app) backupCmd() *cobra.Command {
+	var o backupOptions
+	cmd := &cobra.Command{
+		Use:   "backup SOURCE…",
+		Short: "back up VMs and disk images",
+		Long: `Back up VMs and disk images. A SOURCE is kvm:///system/NAME, or an image file of
+any format. With --vm all image files are disks of that VM; without it each is
+a VM of its own, called by its file name.
+
+A first backup reads everything. Later ones read what changed block tracking
+names, and of the rest a random sample, to catch a tracker that lies. Where
+nothing tracks, everything is read and compared by hash, and only what is new
+is stored. Whatever was read, every restore point is whole.
+
+A guest is frozen for a moment through its agent, if it has one:
+  require-application  writers of the guest's applications ran, or it fails
+  prefer-application   the best that can be had, with a warning where it is less
+  filesystem           the file systems were frozen, or it fails
+  crash                no freeze: as after a power cut`,
+		Example: `  backstay backup kvm:///system/web01 --repo /srv/backup
+  backstay backup kvm:///system/web01 kvm:///system/db01 --consistency filesystem
+  backstay backup disk.vhdx other.vmdk --vm old-server --repo /srv/backup`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return a.backup(cmd.Context(), o, args) },
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.vm, "vm", "", "what to call the VM in the repository; image files become its disks")
+	f.StringVar(&o.consistency, "consistency", string(vm.PreferApplication), "require-application, prefer-application, filesystem or crash")
+	f.StringVar(&o.format, "format", "", "format of the image files: raw, qcow2, vhd, vhdx or vmdk (default: what they are)")
+	f.StringVar(&o.level, "compression", "fast", "none, fast, default or high")
+	f.StringArrayVar(&o.exclude, "exclude-disk", nil, "leave out this disk of a VM (vdb); may be repeated")
+	f.DurationVar(&o.freezeLimit, "freeze-limit", 2*time.Second, "thaw the guest after this, whatever happens")
+	f.Var(&o.maxDelta, "max-delta", "stop if the guest overwrites more than this while it is backed up; 0 for no bound")
+	f.IntVar(&o.parallel, "parallel", backup.DefaultVMs, "VMs backed up at once")
+	f.Float64Var(&o.audit, "audit", backup.DefaultAudit*100, "percent of the chunks called unchanged that are re-read and compared; 0 for none")
+	return cmd
+}
+
+func (a *app) backup(ctx context.Context, o backupOptions, args []string) error {
+	c, err := vm.ParseConsistency(o.consistency)
+	if err != nil {
+		return usageError{err}
+	}
+	switch {
+	case o.audit < 0 || o.audit > 100:
+		return usage("--audit %g: want a percentage", o.audit)
+	case o.parallel < 1:
+		return usage("--parallel %d: want at least 1", o.parallel)
+	case o.freezeLimit <= 0:
+		return usage("--freeze-limit %s: want a time, for example 2s", o.freezeLimit)
+	}
+	switch repo.Level(o.level) {
+	case repo.LevelNone, repo.LevelFast, repo.LevelDefault, repo.LevelHigh:
+	default:
+		return usage("--compression %q: want none, fast, default or high", o.level)
+	}
+	var format image.Format
+	if o.format != "" {
+		if format, err = parseFormat(o.format); err != nil {
+			return err
+		}
+	}
+	var files, vms []source
+	for _, arg := range args {
+		s, err := parseSource(arg)
+		if err != nil {
+			return err
+		}
+		switch {
+		case s.scheme == "":
+			files = append(files, s)
+		case s.vm == "":
+			return usage(`%q names a host and no VM; "backstay vm list %s" shows which it has`, arg, arg)
+		default:
+			vms = append(vms, s)
+		}
+	}
+	if o.vm != "" && (len(vms) > 1 || len(vms) == 1 && len(files) > 0) {
+		return usage("--vm names one VM, and the sources are several")
+	}
+	template := backup.Job{VM: o.vm, Consistency: c, FreezeLimit: o.freezeLimit, ScratchLimit: int64(o.maxDelta)}
+	for _, d := range o.exclude {
+		template.Exclude = append(template.Exclude, vm.DiskID(d))
+	}
+	jobs, err := a.imageJobs(ctx, template, files, format)
+	if err != nil {
+		return err
+	}
+
+	r, err := a.openRepo(ctx)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	drivers := map[string]hypervisor.Driver{}
+	defer func() {
+		for _, d := range drivers {
+			d.Close()
+		}
+		for _, j := range jobs {
+			j.Driver.Close()
+		}
+	}()
+	var failed []backup.Result
+	for _, s := range vms {
+		d := drivers[s.host.String()]
+		if d == nil {
+			if d, err = a.openDriver(ctx, s); err != nil {
+				// The other VMs may live on other hosts.
+				failed = append(failed, backup.Result{VM: s.vm, Job: backup.Job{Name: s.vm, Source: s.text}, Err: fmt.Errorf("back up %s: %w", s.vm, err)})
+				continue
+			}
+			drivers[s.host.String()] = d
+		}
+		j := template
+		j.Driver, j.Name, j.Source = d, s.vm, s.text
+		jobs = append(jobs, j)
+	}
+	bar := a.newBar("backing up")
+	if o.audit == 0 {
+		o.audit = -1
+	}
+	results := append(failed, backup.Run(ctx, backup.Options{
+		Repo: r, Level: repo.Level(o.level), VMs: o.parallel, Audit: o.audit / 100, Log: a.log(), Progress: barProgress{bar},
+	}, jobs)...)
+	bar.end()
+	return a.reportBackups(results)
+}
+
+type barProgress struct{ *bar }
+
+func (p barProgress) Total(n int64) { p.addTotal(n) }
+func (p barProgress) Add(n int64)   { p.add(n) }
+
+// reportBackups prints every VM's summary and makes one exit code of them.
+func (a *app) reportBackups(results []backup.Result) error {
+	code := exitDone
+	var first error
+	for _, r := range results {
+		if a.json {
+			if err := a.printJSON(resultJSON(r)); err != nil {
+				return err
+			}
+		}
+		switch {
+		case r.Err != nil:
+			code = worse(code, exitCode(r.Err))
+			if first == nil {
+				first = r.Err
+			}
+			if len(results) > 1 {
+				fmt.Fprintf(a.stderr, "backstay: %v\n", r.Err)
+			}
+		default:
+			if !a.json {
+				a.printResult(r)
+			}
+			if len(r.Lied) > 0 {
+				code = worse(code, exitCorrupt)
+			}
+			if len(r.Warnings) > 0 || len(r.Point.Unprotected) > 0 {
+				code = worse(code, exitWarnings)
+			}
+		}
+	}
+	if first == nil {
+		a.code = code
+		return nil
+	}
+	if len(results) == 1 {
+		return first
+	}
+	good := 0
+	for _, r := range results {
+		if r.Err == nil {
+			good++
+		}
+	}
+	a.say("%d of %d backed up", good, len(results))
+	return coded{code: code, err: errors.Join(errPartial, first)}
+}
+
+// printResult is the summary of one VM, for people.
+func (a *app) printResult(r backup.Result) {
+	p := r.Point
+	fmt.Fprintf(a.stdout, "%s  %s", p.Ref(), p.Grade)
+	if p.FrozenFor > 0 {
+		fmt.Fprintf(a.stdout, ", guest frozen for %s", timeText(p.FrozenFor))
+	}
+	fmt.Fprintf(a.stdout, ", %s\n", timeText(r.Duration))
+	for _, d := range p.Disks {
+		fmt.Fprintf(a.stdout, "  %s: %s\n", d.ID, diskText(d))
+	}
+	for _, d := range p.Unprotected {
+		fmt.Fprintf(a.stdout, "  %s: NOT PROTECTED: %s\n", d.ID, d.Excluded)
+	}
+	for _, id := range r.Lied {
+		fmt.Fprintf(a.stdout, "  ALARM: change tracking of disk %s lied; this point was read whole and is good\n", id)
+	}
+	for _, id := range r.Suspect {
+		fmt.Fprintf(a.stdout, "  SUSPECT: %s/%s rests on that tracking\n", vm.EscapeName(r.VM), id)
+	}
+	for _, w := range r.Warnings {
+		fmt.Fprintf(a.stdout, "  warning: %s\n", w)
+	}
+}
+
+// A backupJSON is one VM of backup --json.
+type backupJSON struct {
+	*point.RestorePoint
+	VM          string      `json:"vm"` // also of a VM that failed
+	SizeBytes   int64       `json:"size_bytes"`
+	Error       string      `json:"error,omitempty"`
+	Lied        []vm.DiskID `json:"tracking_lied,omitempty"`
+	NewSuspects []point.ID  `json:"new_suspects,omitempty"`
+	AllWarnings []string    `json:"warnings,omitempty"`
+	DurationNS  int64       `json:"duration_ns"`
+	HostNS      int64       `json:"host_ns"`
+}
+
+func resultJSON(r backup.Result) backupJSON {
+	out := backupJSON{RestorePoint: r.Point, VM: r.VM, Lied: r.Lied, NewSuspects: r.Suspect, AllWarnings: r.Warnings,
+		DurationNS: int64(r.Duration), HostNS: int64(r.HostTime)}
+	if out.VM == "" {
+		out.VM = r.Job.Name
+	}
+	if r.Point != nil {
+		out.SizeBytes = r.Point.SizeBytes()
+	}
+	if r.Err != nil {
+		out.Error = r.Err.Error()
+	}
+	return out
+}
+
+func parseFormat(s string) (image.Format, error) {
+	switch f := image.Format(s); f {
+	case image.Raw, image.Qcow2, image.VHD, image.VHDX, image.VMDK:
+		return f, nil
+	}
+	return "", usage("unknown format %q: want raw, qcow2, vhd, vhdx or vmdk", s)
+}

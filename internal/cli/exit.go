@@ -1,0 +1,129 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/image"
+)
+
+// Exit codes. Scripts depend on them: add, never change.
+const (
+	exitDone     = 0
+	exitFailed   = 1 // also: consistency not reached, images differ
+	exitUsage    = 2
+	exitCorrupt  = 3 // corrupt data found, or the tracking audit disagreed
+	exitWarnings = 4 // done, but a disk is unprotected or the grade is lower than preferred
+	exitRefused  = 5 // a lock, a protection, an existing target
+)
+
+// A usageError is a command line that can't be understood.
+type usageError struct{ err error }
+
+func (e usageError) Error() string { return e.err.Error() }
+func (e usageError) Unwrap() error { return e.err }
+
+func usage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// errPartial ends a command that has told its errors already, one by one.
+var errPartial = errors.New("some of it failed")
+
+// A coded error brings its own exit code and hint.
+type coded struct {
+	code int
+	hint string
+	err  error
+}
+
+func (e coded) Error() string { return e.err.Error() }
+func (e coded) Unwrap() error { return e.err }
+
+// withHint adds what the user can do next to an error that keeps its class.
+func withHint(err error, format string, args ...any) error {
+	if err == nil {
+		return nil
+	}
+	return coded{hint: fmt.Sprintf(format, args...), err: err}
+}
+
+// exitCode turns the class of err into a code. Of several, corruption weighs
+// more than failure, failure more than refusal, refusal more than warnings.
+func exitCode(err error) int {
+	var u usageError
+	var c coded
+	switch {
+	case err == nil:
+		return exitDone
+	case errors.As(err, &c) && c.code != 0:
+		return c.code
+	case errors.As(err, &u):
+		return exitUsage
+	case errors.Is(err, fault.ErrCorrupt):
+		return exitCorrupt
+	case errors.Is(err, fault.ErrLocked), errors.Is(err, fault.ErrExists):
+		return exitRefused
+	}
+	return exitFailed
+}
+
+// worse is the one of two codes that a command with both ends with.
+func worse(a, b int) int {
+	for _, c := range []int{exitCorrupt, exitFailed, exitRefused, exitWarnings, exitUsage} {
+		if a == c || b == c {
+			return c
+		}
+	}
+	return exitDone
+}
+
+// hints are what the user can do about err, most specific first.
+func hints(err error, cmd *cobra.Command) []string {
+	var out []string
+	for e := err; e != nil; {
+		var c coded
+		if !errors.As(e, &c) {
+			break
+		}
+		if c.hint != "" {
+			out = append(out, c.hint)
+		}
+		e = c.err
+	}
+	if len(out) > 0 {
+		return out
+	}
+	var u usageError
+	switch {
+	case errors.As(err, &u):
+		if cmd != nil {
+			out = append(out, fmt.Sprintf(`run "%s --help"`, cmd.CommandPath()))
+		}
+	case errors.Is(err, context.Canceled):
+		out = append(out, "nothing half-made is left; run the same command again")
+	case errors.Is(err, fault.ErrCorrupt):
+		out = append(out, `run "backstay repo check --read-data" to see which restore points are hit`)
+	case errors.Is(err, fault.ErrKey):
+		out = append(out, "check --password-file, BACKSTAY_PASSWORD_FILE or --identity-file; without a key nobody can read this repository")
+	case errors.Is(err, fault.ErrLocked):
+		out = append(out, "wait for the other run to end, or end it, and try again")
+	case errors.Is(err, fault.ErrNoSpace):
+		out = append(out, `free space on the target, or drop restore points with "backstay point delete" and then run "backstay repo vacuum"; what was committed is safe`)
+	case errors.Is(err, fault.ErrReadOnly):
+		out = append(out, "make the target writable for this user, or choose another")
+	case errors.Is(err, fault.ErrExists):
+		out = append(out, "choose another target; where --force is offered, it replaces the existing one")
+	case errors.Is(err, fault.ErrFenced):
+		out = append(out, "a vacuum ran meanwhile; nothing was lost, run the backup again and it reuses what was stored")
+	case errors.Is(err, fault.ErrConsistency):
+		out = append(out, "install and start the guest agent, or allow a lower grade with --consistency")
+	case errors.Is(err, image.ErrNotAllowed):
+		out = append(out, "put the named file beside the image; nothing else is opened on an image's word")
+	case errors.Is(err, fault.ErrUnsupported):
+		out = append(out, "a newer version of backstay may be able to")
+	}
+	return out
+}

@@ -1,0 +1,229 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo"
+	"github.com/backstay/backstay/internal/vm"
+)
+
+func (a *app) pointCmd() *cobra.Command {
+	return noun("point", "list, show and delete restore points", a.pointListCmd(), a.pointShowCmd(), a.pointDeleteCmd())
+}
+
+// A pointLine is a restore point as point list --json prints it.
+type pointLine struct {
+	ID        point.ID  `json:"id"`
+	VM        string    `json:"vm"`
+	Time      time.Time `json:"time"`
+	Grade     vm.Grade  `json:"grade"`
+	SizeBytes int64     `json:"size_bytes"`
+	Disks     int       `json:"disks"`
+	ReadBytes int64     `json:"read_bytes"`
+	NewBytes  int64     `json:"new_bytes"`
+	Stored    int64     `json:"stored_bytes"`
+	Suspect   string    `json:"suspect,omitempty"`
+}
+
+func (a *app) pointListCmd() *cobra.Command {
+	var vmName string
+	cmd := &cobra.Command{
+		Use:   "list [VM]",
+		Short: "list restore points, oldest first",
+		Example: `  backstay point list --repo /srv/backup
+  backstay point list web01 --json --repo /srv/backup`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 1 {
+				if vmName != "" {
+					return usage("name the VM once, as argument or with --vm")
+				}
+				vmName = vm.UnescapeName(args[0])
+			}
+			return a.pointList(cmd.Context(), vmName)
+		},
+	}
+	cmd.Flags().StringVar(&vmName, "vm", "", "only this VM's")
+	return cmd
+}
+
+func (a *app) pointList(ctx context.Context, name string) error {
+	r, err := a.openRepo(ctx)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	points, err := r.Points(ctx)
+	if err != nil {
+		return err
+	}
+	if name != "" {
+		points = slices.DeleteFunc(points, func(p *point.RestorePoint) bool { return p.VM != name })
+		if len(points) == 0 {
+			return withHint(fmt.Errorf("VM %s: no restore point: %w", name, fault.ErrNotFound), `run "backstay point list" to see which VMs there are`)
+		}
+	}
+	if a.json {
+		for _, p := range points {
+			if err := a.printJSON(pointLine{p.ID, p.VM, p.Time, p.Grade, p.SizeBytes(), len(p.Disks), p.Stats.ReadBytes, p.Stats.NewBytes, p.Stats.StoredBytes, p.Suspect}); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if len(points) == 0 {
+		a.say("no restore points yet")
+		return nil
+	}
+	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "POINT\tTIME\tGRADE\tSIZE\tREAD\tNEW\tSTORED\t")
+	for _, p := range points {
+		mark := ""
+		if p.Suspect != "" {
+			mark = "SUSPECT"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Ref(), p.Time.Local().Format("2006-01-02 15:04:05"), p.Grade,
+			sizeText(p.SizeBytes()), sizeText(p.Stats.ReadBytes), sizeText(p.Stats.NewBytes), sizeText(p.Stats.StoredBytes), mark)
+	}
+	return w.Flush()
+}
+
+// findPoint opens the repository and the point that ref names.
+func (a *app) findPoint(ctx context.Context, ref string) (*repo.Repository, *point.RestorePoint, error) {
+	name, id, err := point.ParseRef(ref)
+	if err != nil {
+		return nil, nil, usageError{err}
+	}
+	r, err := a.openRepo(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := r.Point(ctx, name, id)
+	if err != nil {
+		r.Close()
+		if errors.Is(err, fault.ErrNotFound) {
+			err = withHint(err, `run "backstay point list" to see which restore points there are`)
+		}
+		return nil, nil, err
+	}
+	return r, p, nil
+}
+
+func (a *app) pointShowCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "show POINT",
+		Short: "show all that is recorded of one restore point",
+		Example: `  backstay point show web01 --repo /srv/backup
+  backstay point show web01/20261122T031500Z-7f3a9c01 --json --repo /srv/backup`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, p, err := a.findPoint(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			if a.json {
+				return a.printJSON(p)
+			}
+			a.printPoint(p)
+			return nil
+		},
+	}
+}
+
+func (a *app) printPoint(p *point.RestorePoint) {
+	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "point\t%s\n", p.Ref())
+	fmt.Fprintf(w, "taken\t%s\n", p.Time.Local().Format("2006-01-02 15:04:05 -0700"))
+	fmt.Fprintf(w, "source\t%s\n", p.Source)
+	fmt.Fprintf(w, "grade\t%s\n", p.Grade)
+	if p.FrozenFor > 0 {
+		fmt.Fprintf(w, "frozen\t%s\n", timeText(p.FrozenFor))
+	}
+	if p.Machine.UUID != "" {
+		fmt.Fprintf(w, "machine\t%s on %s (%s)\n", p.Machine.UUID, p.Machine.Host, p.Machine.Hypervisor)
+	}
+	if p.Suspect != "" {
+		fmt.Fprintf(w, "SUSPECT\t%s\n", p.Suspect)
+	}
+	for _, d := range p.Disks {
+		fmt.Fprintf(w, "disk %s\t%s\n", d.ID, diskText(d))
+	}
+	for _, d := range p.Unprotected {
+		fmt.Fprintf(w, "disk %s\tnot protected: %s\n", d.ID, d.Excluded)
+	}
+	for name, b := range p.Config {
+		fmt.Fprintf(w, "config\t%s, %s\n", name, sizeText(b.SizeBytes))
+	}
+	for _, warn := range p.Warnings {
+		fmt.Fprintf(w, "warning\t%s\n", warn)
+	}
+	w.Flush()
+}
+
+// diskText is one disk of a backup in a line.
+func diskText(d point.Disk) string {
+	s := fmt.Sprintf("%s, %s, read %s", d.Mode, sizeText(d.SizeBytes), sizeText(d.Stats.ReadBytes))
+	if d.Reason != "" {
+		s += " (" + d.Reason + ")"
+	}
+	if d.Mode == point.Incremental {
+		s += fmt.Sprintf(", changed %s, audited %s", sizeText(d.Stats.ChangedBytes), sizeText(d.Stats.AuditBytes))
+	}
+	if d.Stats.RefillBytes > 0 {
+		s += fmt.Sprintf(", %s again because the previous point could not be read", sizeText(d.Stats.RefillBytes))
+	}
+	return s + fmt.Sprintf(", new %s, stored %s", sizeText(d.Stats.NewBytes), sizeText(d.Stats.StoredBytes))
+}
+
+func (a *app) pointDeleteCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "delete VM/ID…",
+		Short: "delete restore points",
+		Long: `Delete restore points, each named in full. Other points stay whole, in
+whatever order points are deleted. The space comes back with "repo vacuum".`,
+		Example: `  backstay point delete web01/20261122T031500Z-7f3a9c01 --repo /srv/backup`,
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			for _, ref := range args {
+				if _, id, err := point.ParseRef(ref); err != nil {
+					return usageError{err}
+				} else if id == "" {
+					return usage("%q names no restore point: to delete one, write it in full as VM/ID", ref)
+				}
+			}
+			r, err := a.openRepo(ctx)
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			for _, ref := range args {
+				name, id, _ := point.ParseRef(ref)
+				if err := r.DeletePoint(ctx, name, id); err != nil {
+					if errors.Is(err, fault.ErrNotFound) {
+						err = withHint(err, `run "backstay point list" to see which restore points there are`)
+					}
+					return err
+				}
+				if a.json {
+					if err := a.printJSON(map[string]any{"deleted": id, "vm": name}); err != nil {
+						return err
+					}
+				} else {
+					fmt.Fprintf(a.stdout, "deleted %s\n", ref)
+				}
+			}
+			return nil
+		},
+	}
+}

@@ -1,0 +1,320 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"filippo.io/age"
+	"github.com/spf13/cobra"
+
+	"github.com/backstay/backstay/internal/blob/file"
+	"github.com/backstay/backstay/internal/chunk"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo"
+)
+
+func (a *app) repoCmd() *cobra.Command {
+	return noun("repo", "make and care for a repository",
+		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoVacuumCmd())
+}
+
+func (a *app) repoInitCmd() *cobra.Command {
+	var chunkBytes sizeFlag = chunk.DefaultBytes
+	var recipients []string
+	cmd := &cobra.Command{
+		Use:   "init",
+		Short: "make an empty repository",
+		Long: `Make an empty repository in a directory that is empty or does not exist.
+
+Everything in it is encrypted. Whoever has the passphrase, or an identity for
+one of the recipients, can restore; nobody else can, and nothing can be
+restored once they are all lost.`,
+		Example: `  backstay repo init --repo /srv/backup --password-file /root/backstay.pass
+  backstay repo init --repo /srv/backup --recipient age1qyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqs3290gq`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.repoInit(cmd.Context(), int64(chunkBytes), recipients)
+		},
+	}
+	cmd.Flags().Var(&chunkBytes, "chunk-size", "unit of deduplication, 64K to 4M")
+	cmd.Flags().StringArrayVar(&recipients, "recipient", nil, "age recipient that can open the repository; may be repeated")
+	return cmd
+}
+
+func (a *app) repoInit(ctx context.Context, chunkBytes int64, recipients []string) error {
+	if err := chunk.CheckBytes(chunkBytes); err != nil {
+		return usage("--chunk-size: %w", err)
+	}
+	dir, err := a.storePath()
+	if err != nil {
+		return err
+	}
+	o := repo.InitOptions{ChunkBytes: chunkBytes}
+	for _, r := range recipients {
+		rec, err := age.ParseX25519Recipient(r)
+		if err != nil {
+			return usage("--recipient %q: not an age X25519 recipient", r)
+		}
+		o.Recipients = append(o.Recipients, rec)
+	}
+	if len(recipients) == 0 || a.hasPassphrase() {
+		if o.Passphrase, err = a.newPassphrase(); err != nil {
+			return err
+		}
+	}
+	if err := checkEmpty(dir); err != nil {
+		return err
+	}
+	st, err := file.Create(dir)
+	if err != nil {
+		return fmt.Errorf("repository %s: %w", dir, err)
+	}
+	defer st.Close()
+	if err := repo.Init(ctx, st, o); err != nil {
+		return fmt.Errorf("repository %s: %w", dir, err)
+	}
+	if a.json {
+		return a.printJSON(map[string]any{"repository": dir, "chunk_bytes": chunkBytes})
+	}
+	fmt.Fprintf(a.stdout, "made repository %s, chunks of %s, encrypted\n", dir, sizeText(chunkBytes))
+	a.say("keep the passphrase or identity somewhere else too: without it nothing here can be restored")
+	return nil
+}
+
+// checkEmpty refuses a directory that holds something else.
+func checkEmpty(dir string) error {
+	entries, err := os.ReadDir(dir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case len(entries) == 0:
+		return nil
+	}
+	for _, e := range entries {
+		if e.Name() == "repo.json" {
+			return withHint(fmt.Errorf("repository %s: %w", dir, fault.ErrExists), `it is ready to use; see "backstay repo info"`)
+		}
+	}
+	return withHint(fmt.Errorf("directory %s is not empty: %w", dir, fault.ErrExists), "name a new or an empty directory")
+}
+
+func (a *app) repoInfoCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:     "info",
+		Short:   "show what a repository is and holds",
+		Example: `  backstay repo info --repo /srv/backup`,
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := a.openRepo(cmd.Context())
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			info, err := r.Info(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(info)
+			}
+			a.printInfo(info)
+			return nil
+		},
+	}
+}
+
+func (a *app) repoCheckCmd() *cobra.Command {
+	var o repo.CheckOptions
+	cmd := &cobra.Command{
+		Use:   "check",
+		Short: "say whether a repository is sound",
+		Long: `Say whether a repository is sound.
+
+Without flags it looks whether everything that restore points need is there.
+--scrub re-reads every stored byte and compares checksums; it needs no key.
+--read-data decrypts, decompresses and re-hashes everything.
+
+Damage is listed with the restore points, disks and byte ranges that it hits,
+and makes the exit code 3. Nothing is changed.`,
+		Example: `  backstay repo check --repo /srv/backup
+  backstay repo check --scrub --repo /srv/backup
+  backstay repo check --read-data --repo /srv/backup`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return a.repoCheck(cmd.Context(), o) },
+	}
+	cmd.Flags().BoolVar(&o.Scrub, "scrub", false, "re-read every stored byte and compare checksums; needs no key")
+	cmd.Flags().BoolVar(&o.ReadData, "read-data", false, "decrypt, decompress and re-hash everything")
+	return cmd
+}
+
+// openCareful opens with a key if one is at hand or needed, without one
+// otherwise: an operator needs none to scrub and to vacuum.
+func (a *app) openCareful(ctx context.Context, needKey bool) (*repo.Repository, error) {
+	if needKey || a.hasPassphrase() || a.identityFile != "" || a.getenv("BACKSTAY_IDENTITY_FILE") != "" {
+		return a.openRepo(ctx)
+	}
+	st, err := a.openStore()
+	if err != nil {
+		return nil, err
+	}
+	r, err := repo.OpenKeyless(ctx, st)
+	if err != nil {
+		st.Close()
+		return nil, fmt.Errorf("repository %s: %w", st, err)
+	}
+	return r, nil
+}
+
+func (a *app) repoCheck(ctx context.Context, o repo.CheckOptions) error {
+	r, err := a.openCareful(ctx, o.ReadData)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	bar := a.newBar("checking")
+	o.Progress = bar.set
+	rep, err := r.Check(ctx, o)
+	bar.end()
+	if err != nil {
+		return err
+	}
+	if a.json {
+		if err := a.printJSON(checkJSON(rep)); err != nil {
+			return err
+		}
+	} else {
+		a.printCheck(rep)
+	}
+	if len(rep.Findings) > 0 {
+		return coded{code: exitCorrupt, hint: "back up the VMs that are hit again: sound data is stored anew, and points that are not named here are whole",
+			err: fmt.Errorf("%s found", plural(int64(len(rep.Findings)), "damaged object"))}
+	}
+	return nil
+}
+
+func (a *app) repoVacuumCmd() *cobra.Command {
+	var o repo.VacuumOptions
+	cmd := &cobra.Command{
+		Use:   "vacuum",
+		Short: "free the space of chunks that no restore point needs",
+		Long: `Free the space of chunks that no restore point needs any more, and of what
+interrupted backups left. It needs no key. It does not run beside a backup.`,
+		Example: `  backstay repo vacuum --dry-run --repo /srv/backup
+  backstay repo vacuum --repo /srv/backup`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := a.openCareful(cmd.Context(), false)
+			if err != nil {
+				return err
+			}
+			defer r.Close()
+			bar := a.newBar("vacuum")
+			o.Progress = bar.set
+			rep, err := r.Vacuum(cmd.Context(), o)
+			bar.end()
+			if err != nil {
+				return err
+			}
+			if a.json {
+				return a.printJSON(vacuumJSON(rep, o.DryRun))
+			}
+			verb := "freed"
+			if o.DryRun {
+				verb = "would free"
+			}
+			fmt.Fprintf(a.stdout, "%s %s: %s deleted, %s rewritten (%s copied); %s of waste stays in packs that are mostly used\n",
+				verb, sizeText(rep.FreedBytes), plural(int64(rep.DeletedPacks), "pack"), plural(int64(rep.RewrittenPacks), "pack"),
+				sizeText(rep.RewrittenBytes), sizeText(rep.KeptWasteBytes))
+			if rep.Revoked > 0 {
+				fmt.Fprintf(a.stdout, "%s had been interrupted and can no longer commit\n", plural(int64(rep.Revoked), "session"))
+			}
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&o.DryRun, "dry-run", false, "say what would be freed and change nothing")
+	return cmd
+}
+
+func vacuumJSON(rep repo.VacuumReport, dry bool) map[string]any {
+	return map[string]any{"dry_run": dry, "deleted_packs": rep.DeletedPacks, "rewritten_packs": rep.RewrittenPacks,
+		"freed_bytes": rep.FreedBytes, "rewritten_bytes": rep.RewrittenBytes, "kept_waste_bytes": rep.KeptWasteBytes, "revoked_sessions": rep.Revoked}
+}
+
+func (a *app) printCheck(rep repo.CheckReport) {
+	fmt.Fprintf(a.stdout, "%s, %s, %s, %s, %s read\n", plural(rep.Points, "restore point"), plural(rep.Manifests, "manifest"),
+		plural(rep.Packs, "pack"), plural(rep.Chunks, "chunk"), sizeText(rep.Bytes))
+	for _, f := range rep.Findings {
+		fmt.Fprintf(a.stdout, "DAMAGED %s: %v\n", f.Object, f.Err)
+		for _, h := range f.Hits {
+			fmt.Fprintf(a.stdout, "  hits %s\n", hitText(h))
+		}
+		if len(f.Hits) == 0 {
+			fmt.Fprintln(a.stdout, "  hits no restore point")
+		}
+	}
+	if len(rep.Findings) == 0 {
+		fmt.Fprintln(a.stdout, "sound")
+	}
+}
+
+func hitText(h repo.Hit) string {
+	var s strings.Builder
+	if h.VM != "" {
+		s.WriteString(h.VM + "/")
+	}
+	s.WriteString(string(h.Point))
+	if h.Disk != "" {
+		fmt.Fprintf(&s, " disk %s", h.Disk)
+	}
+	if h.Range.Len > 0 {
+		fmt.Fprintf(&s, " bytes %d to %d", h.Range.Off, h.Range.End()-1)
+	}
+	return s.String()
+}
+
+func checkJSON(rep repo.CheckReport) map[string]any {
+	type hit struct {
+		VM    string `json:"vm,omitempty"`
+		Point string `json:"point"`
+		Disk  string `json:"disk,omitempty"`
+		Off   int64  `json:"offset_bytes"`
+		Len   int64  `json:"length_bytes"`
+	}
+	type finding struct {
+		Object string `json:"object"`
+		Offset int64  `json:"offset"`
+		Error  string `json:"error"`
+		Hits   []hit  `json:"hits"`
+	}
+	fs := []finding{}
+	for _, f := range rep.Findings {
+		hits := []hit{}
+		for _, h := range f.Hits {
+			hits = append(hits, hit{h.VM, string(h.Point), string(h.Disk), h.Range.Off, h.Range.Len})
+		}
+		fs = append(fs, finding{f.Object, f.Offset, fmt.Sprint(f.Err), hits})
+	}
+	return map[string]any{"sound": len(fs) == 0, "points": rep.Points, "manifests": rep.Manifests, "packs": rep.Packs,
+		"chunks": rep.Chunks, "read_bytes": rep.Bytes, "findings": fs}
+}
+
+func (a *app) printInfo(i repo.Info) {
+	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "repository\t%s\n", a.repoURL)
+	fmt.Fprintf(w, "id\t%s\n", i.ID)
+	fmt.Fprintf(w, "format\t%d\n", i.Format)
+	fmt.Fprintf(w, "chunks of\t%s\n", sizeText(i.ChunkBytes))
+	fmt.Fprintf(w, "opened by\t%s, %s\n", plural(int64(i.Passphrases), "passphrase"), plural(int64(i.Recipients), "age recipient"))
+	fmt.Fprintf(w, "restore points\t%d\n", i.Points)
+	fmt.Fprintf(w, "packs\t%d\n", i.Packs)
+	fmt.Fprintf(w, "unique chunks\t%d\n", i.Chunks)
+	fmt.Fprintf(w, "stored\t%s\n", sizeText(i.StoredBytes))
+	fmt.Fprintf(w, "index in memory\t%s\n", sizeText(i.IndexBytes))
+	w.Flush()
+}

@@ -1,0 +1,233 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor/kvm"
+	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/restore"
+	"github.com/backstay/backstay/internal/vm"
+)
+
+type restoreOptions struct {
+	to          string
+	disk        string
+	format      string
+	variant     string
+	compression string
+	force       bool
+	inPlace     bool
+	start       bool
+}
+
+func (a *app) restoreCmd() *cobra.Command {
+	var o restoreOptions
+	cmd := &cobra.Command{
+		Use:   "restore POINT",
+		Short: "bring a restore point back as images or as a VM",
+		Long: `Bring a restore point back. POINT is VM/ID, or VM for its newest point.
+
+--to FILE makes one image; its format is the file's extension or --format.
+--to DIR/ makes all disks in a directory, with the VM's definition beside them.
+--to kvm:///system/NAME makes a new VM of them, which never replaces one.
+
+The target appears when it is whole and durable, and never replaces anything
+without --force. Every chunk is verified while it is written. --in-place instead
+writes into an existing image only the chunks that differ; that is not atomic,
+and if it is interrupted the same command completes it.`,
+		Example: `  backstay restore web01 --to web01.vhdx --repo /srv/backup
+  backstay restore web01/20261122T031500Z-7f3a9c01 --to /restored/
+  backstay restore web01 --disk vdb --to data.raw
+  backstay restore web01 --to kvm:///system/web01-again --start
+  backstay restore web01 --to disk.qcow2 --in-place`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error { return a.restore(cmd.Context(), o, args[0]) },
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.to, "to", "", "image file, directory or kvm:///system/NEWNAME (required)")
+	f.StringVar(&o.disk, "disk", "", "only this disk: its name (vda) or its number, counted from 0")
+	f.StringVar(&o.format, "format", "", "raw, qcow2, vhd, vhdx or vmdk (default: by the extension, or what the disk was)")
+	f.StringVar(&o.variant, "variant", "", "of the format: dynamic, fixed; monolithicSparse, monolithicFlat, streamOptimized")
+	f.StringVar(&o.compression, "image-compression", "", "zlib or zstd, for a compressed qcow2")
+	f.BoolVar(&o.force, "force", false, "replace an existing target, once the restored one is whole")
+	f.BoolVar(&o.inPlace, "in-place", false, "write only the chunks that differ into an existing image")
+	f.BoolVar(&o.start, "start", false, "start the new VM")
+	return cmd
+}
+
+func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
+	if o.to == "" {
+		return usage("where to? say --to")
+	}
+	var opts restore.Options
+	if o.format != "" {
+		f, err := parseFormat(o.format)
+		if err != nil {
+			return err
+		}
+		opts.Format = f
+	}
+	opts.Variant, opts.Compression, opts.Force = o.variant, o.compression, o.force
+	dst, err := parseSource(o.to)
+	if err != nil {
+		return err
+	}
+	switch {
+	case dst.scheme != "" && dst.vm == "":
+		return usage("--to %s names no VM: want kvm:///system/NEWNAME", o.to)
+	case dst.scheme != "" && (o.disk != "" || o.inPlace || o.force):
+		return usage("--disk, --in-place and --force do not go with a new VM")
+	case dst.scheme == "" && o.start:
+		return usage("--start goes with --to kvm:///system/NEWNAME")
+	case o.inPlace && o.force:
+		return usage("--in-place overwrites by itself; --force does not go with it")
+	}
+	r, p, err := a.findPoint(ctx, ref)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if p.Suspect != "" {
+		a.say("warning: %s is suspect: %s", p.Ref(), p.Suspect)
+	}
+	bar := a.newBar("restoring")
+	defer bar.end()
+	opts.Progress = bar.set
+	from := restore.Of(r)
+	if dst.scheme != "" {
+		return a.restoreVM(ctx, from, p, dst, restore.VMOptions{Options: opts, Name: dst.vm, Start: o.start}, bar)
+	}
+	if o.disk == "" && len(p.Disks) != 1 && opts.Format == "" && restore.FormatOf(o.to) != "" {
+		return usage("%s has %s: choose one with --disk, or give a directory as --to DIR/", p.Ref(), plural(int64(len(p.Disks)), "disk"))
+	}
+	if isDirectory(o.to) || o.disk == "" && len(p.Disks) != 1 && !o.inPlace {
+		if o.disk != "" || o.inPlace {
+			return usage("--to %s is a directory: with --disk or --in-place name an image file", o.to)
+		}
+		res, err := restore.Directory(ctx, from, p, filepath.Clean(o.to), opts)
+		bar.end()
+		if err != nil {
+			return err
+		}
+		return a.reportRestore(res)
+	}
+	return a.restoreDisk(ctx, from, p, o, opts, bar)
+}
+
+// isDirectory says whether a target is meant to be a directory.
+func isDirectory(to string) bool {
+	if strings.HasSuffix(to, "/") || strings.HasSuffix(to, string(os.PathSeparator)) {
+		return true
+	}
+	st, err := os.Stat(to)
+	return err == nil && st.IsDir()
+}
+
+func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point.RestorePoint, o restoreOptions, opts restore.Options, bar *bar) error {
+	d, err := restore.Select(p, o.disk)
+	if err != nil {
+		return err
+	}
+	if opts.Format == "" && !o.inPlace && restore.FormatOf(o.to) == "" {
+		return usage("%s: its extension names no format: say --format raw, qcow2, vhd, vhdx or vmdk", o.to)
+	}
+	if !o.inPlace {
+		// Say what is wrong with the target before the disk is looked up.
+		if st, err := os.Stat(filepath.Dir(o.to)); err != nil || !st.IsDir() {
+			return withHint(fmt.Errorf("directory %s: %w", filepath.Dir(o.to), fault.ErrNotFound), "make it first, or choose another target")
+		}
+	}
+	src, err := from.OpenDisk(ctx, d.Manifest)
+	if err != nil {
+		return fmt.Errorf("restore %s: disk %s: %w", p.Ref(), d.ID, err)
+	}
+	defer src.Close()
+	var res restore.Result
+	if o.inPlace {
+		if res, err = restore.InPlace(ctx, from, src, o.to, opts); err != nil {
+			if _, serr := os.Stat(restore.Marker(o.to)); serr == nil {
+				err = withHint(err, "%s is half-done; run the same command again to complete it", o.to)
+			}
+		}
+	} else {
+		res, err = restore.Disk(ctx, src, o.to, opts)
+	}
+	bar.end()
+	if err != nil {
+		return fmt.Errorf("restore %s: disk %s: %w", p.Ref(), d.ID, err)
+	}
+	res.Disk = d.ID
+	return a.reportRestore(restore.PointResult{Point: p.Ref(), Target: o.to, Disks: []restore.Result{res}, Duration: res.Duration})
+}
+
+func (a *app) reportRestore(res restore.PointResult) error {
+	if a.json {
+		return a.printJSON(res)
+	}
+	fmt.Fprintf(a.stdout, "restored %s to %s in %s\n", res.Point, res.Target, timeText(res.Duration))
+	for _, d := range res.Disks {
+		fmt.Fprintf(a.stdout, "  %s: %s, %s, %s", d.Disk, d.Target, d.Format, sizeText(d.SizeBytes))
+		if d.ComparedBytes > 0 {
+			fmt.Fprintf(a.stdout, ", compared %s, wrote %s, zeroed %s", sizeText(d.ComparedBytes), sizeText(d.WrittenBytes), sizeText(d.ZeroedBytes))
+		} else {
+			fmt.Fprintf(a.stdout, ", wrote %s, the rest is holes", sizeText(d.WrittenBytes))
+		}
+		fmt.Fprintln(a.stdout)
+	}
+	for _, f := range res.Files {
+		fmt.Fprintf(a.stdout, "  %s\n", f)
+	}
+	return nil
+}
+
+func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.RestorePoint, dst source, o restore.VMOptions, bar *bar) error {
+	d, err := a.openKVM(ctx, dst)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	res, err := restore.VM(ctx, from, p, kvmHost{d}, o)
+	bar.end()
+	if errors.Is(err, fault.ErrExists) {
+		err = withHint(err, "choose another name: a restore never replaces a VM")
+	}
+	if err != nil {
+		return err
+	}
+	return a.reportRestore(res)
+}
+
+// kvmHost makes the KVM driver a place for restored VMs.
+type kvmHost struct{ d *kvm.Driver }
+
+func (h kvmHost) Exists(ctx context.Context, name string) (bool, error) {
+	machines, err := h.d.Machines(ctx)
+	for _, m := range machines {
+		if m.Name == name {
+			return true, nil
+		}
+	}
+	return false, err
+}
+
+func (h kvmHost) ImageDir(ctx context.Context) (string, error) { return h.d.ImageDir(ctx) }
+
+func (h kvmHost) Define(ctx context.Context, d restore.Definition) error {
+	o := kvm.DefineOptions{
+		Name: d.Name, Machine: &d.Machine, DomainXML: d.Config["domain.xml"], NVRAM: d.Config["nvram"], Start: d.Start,
+		Disks: map[vm.DiskID]string{}, DiskFormats: map[vm.DiskID]string{},
+	}
+	for id, img := range d.Disks {
+		o.Disks[id] = img.Path
+		o.DiskFormats[id] = string(img.Format)
+	}
+	return h.d.Define(ctx, o)
+}

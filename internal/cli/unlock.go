@@ -1,0 +1,196 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"filippo.io/age"
+	"golang.org/x/term"
+
+	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/file"
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo"
+	"github.com/backstay/backstay/internal/secret"
+)
+
+// A passphrase longer than this is a wrong file.
+const maxPassphraseBytes = 4096
+
+// storePath is the directory that --repo names.
+func (a *app) storePath() (string, error) {
+	switch {
+	case a.repoURL == "":
+		return "", coded{code: exitUsage, hint: "say --repo /path, or set BACKSTAY_REPO", err: errors.New("no repository named")}
+	case strings.HasPrefix(a.repoURL, "file://"):
+		u, err := url.Parse(a.repoURL)
+		if err != nil || u.Path == "" || u.Host != "" && u.Host != "localhost" {
+			return "", usage("%q is no file URL: want file:///path", a.repoURL)
+		}
+		return filepath.FromSlash(u.Path), nil
+	case strings.Contains(a.repoURL, "://"):
+		scheme, _, _ := strings.Cut(a.repoURL, "://")
+		return "", fmt.Errorf("repository: %s:// stores: %w", scheme, fault.ErrUnsupported)
+	}
+	return filepath.Abs(a.repoURL)
+}
+
+// openStore opens the store that --repo names; it must exist.
+func (a *app) openStore() (blob.Store, error) {
+	dir, err := a.storePath()
+	if err != nil {
+		return nil, err
+	}
+	st, err := file.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fault.ErrNotFound) {
+		return nil, withHint(fmt.Errorf("repository %s: %w", dir, fault.ErrNotFound), `make one with "backstay repo init --repo %s"`, dir)
+	}
+	return st, err
+}
+
+// openRepo opens the repository with whatever key the user gave.
+func (a *app) openRepo(ctx context.Context) (*repo.Repository, error) {
+	st, err := a.openStore()
+	if err != nil {
+		return nil, err
+	}
+	// Ask whether there is a repository before asking for its passphrase.
+	if _, err := st.Size(ctx, "repo.json"); err != nil {
+		st.Close()
+		if errors.Is(err, fault.ErrNotFound) {
+			return nil, withHint(fmt.Errorf("repository %s: %w", st, fault.ErrNotFound), `make one with "backstay repo init"`)
+		}
+		return nil, fmt.Errorf("repository %s: %w", st, err)
+	}
+	key, err := a.key()
+	if err != nil {
+		st.Close()
+		return nil, err
+	}
+	r, err := repo.Open(ctx, st, key)
+	key.Passphrase.Wipe()
+	if err != nil {
+		st.Close()
+		return nil, fmt.Errorf("repository %s: %w", st, err)
+	}
+	return r, nil
+}
+
+// key gathers what opens a repository: identities where a file names them,
+// otherwise the passphrase.
+func (a *app) key() (repo.Key, error) {
+	var k repo.Key
+	path := a.identityFile
+	if path == "" {
+		path = a.getenv("BACKSTAY_IDENTITY_FILE")
+	}
+	if path != "" {
+		data, err := a.readSecretFile(path)
+		if err != nil {
+			return k, fmt.Errorf("identity file: %w", err)
+		}
+		k.Identities, err = age.ParseIdentities(bytes.NewReader(data))
+		clear(data)
+		if err != nil {
+			// The parser's text may quote the line it did not understand.
+			return k, fmt.Errorf("identity file %s: no age identities in it", path)
+		}
+	}
+	if path == "" || a.hasPassphrase() {
+		var err error
+		if k.Passphrase, err = a.passphrase("Passphrase: "); err != nil {
+			return k, err
+		}
+	}
+	return k, nil
+}
+
+func (a *app) hasPassphrase() bool {
+	return a.passwordFile != "" || a.getenv("BACKSTAY_PASSWORD_FILE") != "" || a.getenv("BACKSTAY_PASSWORD") != ""
+}
+
+// passphrase takes the passphrase from a file, the environment or a prompt.
+func (a *app) passphrase(prompt string) (secret.Bytes, error) {
+	path := a.passwordFile
+	if path == "" {
+		path = a.getenv("BACKSTAY_PASSWORD_FILE")
+	}
+	if path != "" {
+		data, err := a.readSecretFile(path)
+		if err != nil {
+			return secret.Bytes{}, fmt.Errorf("password file: %w", err)
+		}
+		return onePassphrase(data, path)
+	}
+	if p := a.getenv("BACKSTAY_PASSWORD"); p != "" {
+		return onePassphrase([]byte(p), "BACKSTAY_PASSWORD")
+	}
+	if a.stdin == nil || !term.IsTerminal(int(a.stdin.Fd())) {
+		return secret.Bytes{}, withHint(fmt.Errorf("no passphrase given: %w", fault.ErrKey),
+			"set --password-file, BACKSTAY_PASSWORD_FILE or BACKSTAY_PASSWORD, or run it in a terminal")
+	}
+	fmt.Fprint(a.stderr, prompt)
+	data, err := term.ReadPassword(int(a.stdin.Fd()))
+	fmt.Fprintln(a.stderr)
+	if err != nil {
+		return secret.Bytes{}, fmt.Errorf("passphrase prompt: %w", err)
+	}
+	return onePassphrase(data, "the prompt")
+}
+
+// newPassphrase is passphrase, asked twice where it is typed.
+func (a *app) newPassphrase() (secret.Bytes, error) {
+	p, err := a.passphrase("New passphrase: ")
+	if err != nil || a.hasPassphrase() {
+		return p, err
+	}
+	again, err := a.passphrase("The same again: ")
+	if err != nil {
+		return again, err
+	}
+	if !p.Equal(again) {
+		return again, errors.New("the two passphrases differ")
+	}
+	return p, nil
+}
+
+// onePassphrase drops one line end, which editors and echo leave behind.
+func onePassphrase(data []byte, from string) (secret.Bytes, error) {
+	defer clear(data)
+	p := bytes.TrimSuffix(bytes.TrimSuffix(data, []byte("\n")), []byte("\r"))
+	switch {
+	case len(p) == 0:
+		return secret.Bytes{}, fmt.Errorf("the passphrase from %s is empty: %w", from, fault.ErrKey)
+	case bytes.ContainsAny(p, "\n\r"):
+		return secret.Bytes{}, fmt.Errorf("%s holds more than one line: %w", from, fault.ErrKey)
+	}
+	return secret.New(p), nil
+}
+
+func (a *app) readSecretFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if st, err := f.Stat(); err == nil && st.Mode().IsRegular() && st.Mode().Perm()&0o077 != 0 && runtime.GOOS != "windows" {
+		a.say("warning: %s can be read by others; run: chmod 600 %s", path, path)
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxPassphraseBytes+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(data) > maxPassphraseBytes {
+		return nil, fmt.Errorf("%s is longer than %d bytes", path, maxPassphraseBytes)
+	}
+	return data, nil
+}

@@ -1,0 +1,131 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/vm"
+)
+
+func (a *app) vmCmd() *cobra.Command {
+	return noun("vm", "list the VMs of a host, reset their change tracking", a.vmListCmd(), a.vmResetCmd())
+}
+
+func (a *app) vmListCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:     "list URL",
+		Short:   "list the VMs of a host with their disks",
+		Example: `  backstay vm list kvm:///system`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			s, err := parseSource(args[0])
+			if err != nil {
+				return err
+			}
+			if s.scheme == "" {
+				return usage("%q is no URL of a host: want for example kvm:///system", args[0])
+			}
+			if s.vm != "" {
+				return usage("%q names a VM: want the host alone, for example kvm:///system", args[0])
+			}
+			d, err := a.openDriver(ctx, s)
+			if err != nil {
+				return err
+			}
+			defer d.Close()
+			machines, err := d.Machines(ctx)
+			if err != nil {
+				return err
+			}
+			return a.printMachines(machines)
+		},
+	}
+}
+
+func (a *app) printMachines(machines []vm.Machine) error {
+	if a.json {
+		for _, m := range machines {
+			if err := a.printJSON(m); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if len(machines) == 0 {
+		a.say("no VMs on this host")
+		return nil
+	}
+	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "VM\tSTATE\tDISK\tSIZE\tFORMAT\tSOURCE")
+	for _, m := range machines {
+		name, state := m.Name, m.State
+		if len(m.Disks) == 0 {
+			fmt.Fprintf(w, "%s\t%s\t-\t\t\t\n", name, state)
+		}
+		for _, d := range m.Disks {
+			src := d.Source
+			if d.Excluded != "" {
+				src += " (not protected: " + d.Excluded + ")"
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", name, state, d.ID, sizeText(d.SizeBytes), d.Format, src)
+			name, state = "", ""
+		}
+	}
+	return w.Flush()
+}
+
+func (a *app) vmResetCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:   "reset-tracking SOURCE",
+		Short: "drop a VM's change tracking, so that the next backup reads everything",
+		Long: `Drop what this repository's backups left on the host to track changes of a VM.
+Only what carries this repository's id is removed. Restore points stay as they
+are; the next backup reads the whole VM and stores only what is new.`,
+		Example: `  backstay vm reset-tracking kvm:///system/web01 --repo /srv/backup`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			ctx := cmd.Context()
+			s, err := parseSource(args[0])
+			if err != nil {
+				return err
+			}
+			if s.scheme == "" || s.vm == "" {
+				return usage("%q is no VM: want for example kvm:///system/web01", args[0])
+			}
+			id, err := a.repoID(ctx)
+			if err != nil {
+				return err
+			}
+			d, err := a.openDriver(ctx, s)
+			if err != nil {
+				return err
+			}
+			defer d.Close()
+			r, ok := d.(hypervisor.TrackingResetter)
+			if !ok {
+				return errors.New("this kind of source has no change tracking")
+			}
+			if err := r.ResetTracking(ctx, s.vm, id); err != nil {
+				return err
+			}
+			fmt.Fprintf(a.stdout, "%s: change tracking dropped; the next backup reads everything\n", s.vm)
+			return nil
+		},
+	}
+}
+
+// repoID is the repository's id, which names on hosts carry.
+func (a *app) repoID(ctx context.Context) (string, error) {
+	r, err := a.openCareful(ctx, false)
+	if err != nil {
+		return "", err
+	}
+	defer r.Close()
+	return r.ID(), nil
+}
