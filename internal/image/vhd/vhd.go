@@ -196,21 +196,26 @@ func mapFixed(off, n int64) (image.Extent, error) {
 	return image.Extent{Extent: extent.Extent{Off: off, Len: n}, Kind: image.Data, FileOffset: off}, nil
 }
 
-// mapBlock looks one block up, and of a differencing disk one run of its
-// bitmap.
+// mapBlock looks a run of absent blocks up, or a block that is in the file, or
+// of a differencing disk a run of its bitmap.
 func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 	e := image.Extent{Extent: extent.Extent{Off: off, Len: min(n, img.header.blockBytes-off%img.header.blockBytes)}, FileOffset: -1}
-	var entry [4]byte
 	at := img.header.tableOffset + off/img.header.blockBytes*4
-	if err := img.pages.Read(entry[:], at); err != nil {
+	within := off % img.header.blockBytes
+	p, err := img.pages.Peek(at, 4, 4*((within+n-1)/img.header.blockBytes+1))
+	if err != nil {
 		return e, err
 	}
-	sector := binary.BigEndian.Uint32(entry[:])
+	sector := binary.BigEndian.Uint32(p)
 	if sector == absent {
+		blocks := int64(1)
+		for p = p[4:]; len(p) >= 4 && binary.BigEndian.Uint32(p) == absent; p = p[4:] {
+			blocks++
+		}
+		e.Len = min(n, blocks*img.header.blockBytes-within)
 		return e, nil
 	}
 	bitmap := int64(sector) * sectorBytes
-	within := off % img.header.blockBytes
 	if img.footer.kind == typeDifferencing {
 		here, run, err := img.run(bitmap, within, e.Len)
 		if err != nil {
@@ -248,11 +253,10 @@ const absent = 1<<32 - 1
 // same. The first sector is the most significant bit.
 func (img *Image) run(bitmap, within, n int64) (here bool, run int64, err error) {
 	first, last := within/sectorBytes, (within+n-1)/sectorBytes
-	var buf [512]byte // a block of 2 MiB has no longer bitmap
 	for sector := first; sector <= last; {
 		from := sector / 8
-		p := buf[:min(int64(len(buf)), last/8-from+1)]
-		if err := img.pages.Read(p, bitmap+from); err != nil {
+		p, err := img.pages.Peek(bitmap+from, 1, last/8-from+1)
+		if err != nil {
 			return false, 0, err
 		}
 		for ; sector <= last && sector/8 < from+int64(len(p)); sector++ {

@@ -48,7 +48,7 @@ type Writer struct {
 
 	locator []byte // of a differencing disk: the parent's name
 
-	mu    sync.Mutex
+	mu     sync.Mutex
 	table  []uint32          // block to sector, absent for none
 	sparse map[int64]*sparse // of a differencing disk, the blocks that were written to
 	end    int64             // of the blocks

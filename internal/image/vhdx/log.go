@@ -94,7 +94,9 @@ func replay(file image.File, h header) (*replayed, error) {
 	if file.Bytes() < head.flushed {
 		return nil, fault.Corrupt(file.Name(), file.Bytes(), "the dirty log says that the file has at least %d bytes, it has %d", head.flushed, file.Bytes())
 	}
-	r.bytes = max(r.bytes, head.fileBytes)
+	if head.fileBytes > r.bytes {
+		r.bytes = roundMiB(head.fileBytes)
+	}
 	r.entries = len(active)
 	var changes []piece
 	for _, e := range active {
@@ -170,7 +172,7 @@ func (l *logReader) entry(at int64) (*entry, error) {
 	}
 	ok := e.bytes >= logSector && e.bytes%logSector == 0 && e.bytes <= l.header.logBytes &&
 		e.tail%logSector == 0 && e.tail < l.header.logBytes && e.sequence > 0 &&
-		entryHeader+logDescriptor*int64(e.descriptors) <= e.bytes && e.flushed >= 0 && e.fileBytes >= 0
+		entryHeader+logDescriptor*int64(e.descriptors) <= e.bytes && e.flushed >= 0 && e.fileBytes >= 0 && e.fileBytes < 1<<62
 	if ok {
 		// Entries never overlap, and few stale ones do with newer ones.
 		if l.checked += e.bytes; l.checked > 4*l.header.logBytes+16*mib {

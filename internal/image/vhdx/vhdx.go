@@ -229,22 +229,30 @@ func (img *Image) Info() image.Info {
 	return info
 }
 
-// entry reads an entry of the table: a state and an offset in the file.
-func (img *Image) entry(n int64) (state int, off int64, err error) {
-	var p [8]byte
-	if err := img.pages.Read(p[:], img.table.off+8*n); err != nil {
-		return 0, 0, err
+// entry reads an entry of the table, a state and an offset in the file, and
+// counts how many of most entries from there on are the same.
+func (img *Image) entry(n, most int64) (state int, off, same int64, err error) {
+	p, err := img.pages.Peek(img.table.off+8*n, 8, 8*most)
+	if err != nil {
+		return 0, 0, 0, err
 	}
-	e := binary.LittleEndian.Uint64(p[:])
-	return int(e & 7), int64(e &^ (mib - 1) & (1<<63 - 1)), nil
+	e := binary.LittleEndian.Uint64(p)
+	same = 1
+	for p = p[8:]; len(p) >= 8 && binary.LittleEndian.Uint64(p) == e; p = p[8:] {
+		same++
+	}
+	return int(e & 7), int64(e &^ (mib - 1) & (1<<63 - 1)), same, nil
 }
 
-// mapBlock looks one block up, and of a partial one one run of its bitmap.
+// mapBlock looks a run of equal entries up, or a block that is in the file,
+// or of a partial one a run of its bitmap.
 func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 	block, within := off/img.meta.blockBytes, off%img.meta.blockBytes
 	e := image.Extent{Extent: extent.Extent{Off: off, Len: min(n, img.meta.blockBytes-within)}, FileOffset: -1}
 	index := block + block/img.ratio
-	state, at, err := img.entry(index)
+	// A run of blocks ends where a bitmap's entry comes between.
+	most := min((within+n-1)/img.meta.blockBytes+1, img.ratio-block%img.ratio)
+	state, at, same, err := img.entry(index, most)
 	if err != nil {
 		return e, err
 	}
@@ -252,10 +260,11 @@ func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 		return e, fault.Corrupt(img.file.Name(), img.table.off+8*index, "block %d: %w", block, fmt.Errorf(format, args...))
 	}
 	switch {
-	case state == stateNotPresent:
-		return e, nil
-	case state == stateUndefined, state == stateZero, state == stateUnmapped:
-		e.Kind = image.Zero
+	case state == stateNotPresent, state == stateUndefined, state == stateZero, state == stateUnmapped:
+		e.Len = min(n, same*img.meta.blockBytes-within)
+		if state != stateNotPresent {
+			e.Kind = image.Zero
+		}
 		return e, nil
 	case state == statePartial && img.meta.differencing:
 		var here bool
@@ -306,23 +315,26 @@ func (img *Image) free(off, n int64) error {
 func (img *Image) run(off, n int64) (here bool, run int64, err error) {
 	chunk := off / (img.ratio * img.meta.blockBytes)
 	index := chunk*(img.ratio+1) + img.ratio
-	state, at, err := img.entry(index)
+	state, at, _, err := img.entry(index, 1)
 	if err != nil {
 		return false, 0, err
 	}
 	if state != statePresent {
 		return false, n, fault.Corrupt(img.file.Name(), img.table.off+8*index, "the bitmap of chunk %d has state %d under a partial block", chunk, state)
 	}
-	if err := img.free(at, bitmapBytes); err != nil {
+	err = img.free(at, bitmapBytes)
+	if err == nil && at > img.bytes-bitmapBytes {
+		err = fmt.Errorf("it lies at %d in a file of %d bytes", at, img.bytes)
+	}
+	if err != nil {
 		return false, n, fault.Corrupt(img.file.Name(), img.table.off+8*index, "the bitmap of chunk %d: %w", chunk, err)
 	}
 	start := off - chunk*img.ratio*img.meta.blockBytes
 	first, last := start/img.meta.logicalSector, (start+n-1)/img.meta.logicalSector
-	var buf [512]byte
 	for sector := first; sector <= last; {
 		from := sector / 8
-		p := buf[:min(int64(len(buf)), last/8-from+1)]
-		if err := img.pages.Read(p, at+from); err != nil {
+		p, err := img.pages.Peek(at+from, 1, last/8-from+1)
+		if err != nil {
 			return false, 0, err
 		}
 		for ; sector <= last && sector/8 < from+int64(len(p)); sector++ {

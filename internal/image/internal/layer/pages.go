@@ -48,6 +48,21 @@ func (c *Pages) Read(p []byte, off int64) error {
 	return nil
 }
 
+// Peek gives from n to most bytes at off, as many as are at hand; the caller
+// must not change them. A range that the file does not hold is damage.
+func (c *Pages) Peek(off int64, n, most int64) ([]byte, error) {
+	if within := off % pageBytes; off < 0 || within+n > pageBytes || off > c.end-n {
+		p := make([]byte, n)
+		return p, c.Read(p, off)
+	}
+	page, err := c.page(off / pageBytes)
+	if err != nil {
+		return nil, err
+	}
+	page = page[off%pageBytes:]
+	return page[:min(int64(len(page)), most)], nil
+}
+
 func (c *Pages) page(n int64) ([]byte, error) {
 	c.mu.Lock()
 	page := c.pages[n]
