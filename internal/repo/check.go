@@ -144,6 +144,11 @@ func (c *check) inventory(ctx context.Context) error {
 	}
 	c.report.Packs = int64(len(c.h.byID))
 	c.report.Chunks = c.h.table.Len()
+	for i := range c.h.packs {
+		if p := &c.h.packs[i]; p.state == packDamaged {
+			c.find(Finding{Object: p.name(), Offset: p.bytes, Err: &fault.CorruptError{Object: packLabel(p.id), Offset: p.bytes, Err: io.ErrUnexpectedEOF}})
+		}
+	}
 	for _, rec := range c.recs {
 		for _, s := range rec.clear.Records {
 			if id, err := hexID(s); err == nil {

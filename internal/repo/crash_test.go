@@ -338,4 +338,3 @@ func TestASessionRevokesAVacuumThatWorks(t *testing.T) {
 		}
 	}
 }
-

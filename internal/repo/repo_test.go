@@ -7,16 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/blobtest"
 	"github.com/backstay/backstay/internal/blob/mem"
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo/internal/pack"
 	"github.com/backstay/backstay/internal/secret"
 	"github.com/backstay/backstay/internal/vm"
 )
@@ -269,4 +272,16 @@ func TestWrongKeys(t *testing.T) {
 	if _, err := Open(bg, mem.New(), testKey); !errors.Is(err, fault.ErrNotFound) {
 		t.Errorf("empty store: %v", err)
 	}
+}
+
+func newTestMemory(limit int64) *pack.Memory { return pack.NewMemory(limit) }
+
+// faultyPuts fails every Put under prefix.
+func faultyPuts(st blob.Store, prefix string, with error) blob.Store {
+	return blobtest.Faulty(st, func(c blobtest.Call) error {
+		if c.Op == blobtest.OpPut && strings.HasPrefix(c.Name, prefix) {
+			return with
+		}
+		return nil
+	})
 }
