@@ -1,6 +1,7 @@
 package imagetest
 
 import (
+	"bytes"
 	"context"
 	"runtime"
 	"testing"
@@ -45,6 +46,20 @@ func Hostile(t testing.TB, open func() (image.Image, error)) error {
 	}
 	return err
 }
+
+// Bytes makes a File of p, which must not change.
+func Bytes(name string, p []byte) image.File {
+	return bytesFile{bytes.NewReader(p), name}
+}
+
+type bytesFile struct {
+	*bytes.Reader
+	name string
+}
+
+func (f bytesFile) Bytes() int64 { return f.Size() }
+func (f bytesFile) Name() string { return f.name }
+func (f bytesFile) Close() error { return nil }
 
 // touch is what people do first with an image.
 func touch(open func() (image.Image, error)) error {

@@ -190,7 +190,8 @@ func mapOracle(t *testing.T, path string, img *Image) {
 }
 
 // qemuIO runs commands of qemu-io on path.
-func qemuIO(t *testing.T, path string, commands ...string) {
+func qemuIO(t testing.TB, path string, commands ...string) {
+	t.Helper()
 	t.Helper()
 	args := []string{"-f", "qcow2"}
 	for _, c := range commands {

@@ -98,7 +98,8 @@ type walker struct {
 }
 
 // runs walks a range of the layer in ascending order. Neighbours that lie in
-// one piece are one run; a compressed cluster is a run of its own.
+// one piece and in one L2 table are one run; a compressed cluster is a run of
+// its own.
 func (w walker) runs(ctx context.Context, l layer, within extent.Extent) iter.Seq2[run, error] {
 	return func(yield func(run, error) bool) {
 		m := merger{yield: yield}
@@ -183,7 +184,9 @@ func (w walker) walkL1(ctx context.Context, l layer, within extent.Extent, m *me
 			if err := w.walkL2(table, part, m); err != nil {
 				return err
 			}
-			if m.stopped {
+			// Thousands of L1 entries may name one table of zeros: whoever
+			// waits for the next run must not wait for all of them.
+			if !m.flush() {
 				return nil
 			}
 		}

@@ -33,7 +33,8 @@ type Writer struct {
 	space    *space
 	tables   *l2Tables
 	failed   atomic.Pointer[error]
-	sync     func() error
+	fsync    func() error // of the file
+	syncDir  func() error // of its name, where we made it
 	closed   bool
 	finished bool
 }
@@ -52,14 +53,14 @@ func Create(path string, o image.CreateOptions) (*Writer, error) {
 		os.Remove(path)
 		return nil, err
 	}
-	w.sync = func() error { return image.SyncDir(path) }
+	w.syncDir = func() error { return image.SyncDir(path) }
 	return w, nil
 }
 
 // NewWriter writes the image to f, an empty file, which belongs to the Writer
 // once there is one. The virtual size is rounded up to a multiple of 512.
 func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
-	w := &Writer{file: f, size: (o.VirtualBytes + 511) &^ 511, asked: o.VirtualBytes, parent: o.Parent}
+	w := &Writer{file: f, fsync: f.Sync, size: (o.VirtualBytes + 511) &^ 511, asked: o.VirtualBytes, parent: o.Parent}
 	cluster := o.BlockBytes
 	if cluster == 0 {
 		cluster = usualClusterBytes
@@ -292,8 +293,8 @@ func (w *Writer) Finish() error {
 	if err := w.file.Close(); err != nil {
 		return err
 	}
-	if w.sync != nil {
-		return w.sync()
+	if w.syncDir != nil {
+		return w.syncDir()
 	}
 	return nil
 }
@@ -316,13 +317,13 @@ func (w *Writer) finish() error {
 	}
 	// Until its header is there the file is no image. It must not come to be
 	// there before what it names.
-	if err := w.file.Sync(); err != nil {
+	if err := w.fsync(); err != nil {
 		return err
 	}
 	if _, err := w.file.WriteAt(head, 0); err != nil {
 		return err
 	}
-	return w.file.Sync()
+	return w.fsync()
 }
 
 // headerCluster is the first cluster, up to its last byte that is not zero.
