@@ -1,6 +1,20 @@
+// Package open opens and creates virtual disk images of every format: it knows
+// which format a file has and which further files it may name.
+//
+// The format is what the caller says. Where the caller says nothing:
+//
+//   - a file called .raw or .img is raw, whatever it holds: its bytes are the
+//     guest's, who may write the head of any format into them;
+//   - the extension of another format must agree with the content;
+//   - a file of no such name is what its content says, or raw if that says
+//     nothing; a block device is raw, or refused if its content says otherwise;
+//   - content that is two formats at once is refused.
+//
+// What is refused gives ErrFormat, and opens when the caller names the format.
 package open
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,48 +29,32 @@ import (
 	"github.com/backstay/backstay/internal/image/vmdk"
 )
 
-// Options say what may be opened, and how it is to be understood.
+// ErrFormat says that a file's name and content leave its format in doubt.
+var ErrFormat = errors.New("the image's format is in doubt")
+
+// Options say how to open an image.
 type Options struct {
-	// Format is what the caller knows the image to be; then its content is not
-	// asked. "" goes by the name, and by the content where the name says
-	// nothing.
+	// Format is the image's format; empty to detect it.
 	Format image.Format
-	// ParentDir is where parents may be opened; "" allows none, and an image
-	// that has one is refused with image.ErrNotAllowed.
+	// ParentDir allows parents and data files in or beneath that directory.
+	// Empty allows none, and then an image that needs one gives
+	// image.ErrNotAllowed. Extents of a VMDK are allowed always, right beside
+	// its descriptor.
 	ParentDir string
-	// OnlyTop shows the image without its parent.
+	// OnlyTop leaves parents unopened: what they hold reads as zeros.
 	OnlyTop bool
-	// Snapshot is the internal snapshot to show.
+	// Snapshot is the internal snapshot of a qcow2 image to read, by name or ID.
 	Snapshot string
 }
 
-// Open opens the image at path read-only. Of what its header names it opens
-// extents and data files that lie beside it, and parents only as o allows.
+// Open opens the image at path. Errors: ErrFormat; image.ErrNotAllowed for one
+// whose parents are not allowed; fault.ErrCorrupt, fault.ErrUnsupported.
 func Open(path string, o Options) (image.Image, error) {
 	f, err := image.OpenFile(path)
 	if err != nil {
 		return nil, err
 	}
-	format := o.Format
-	if format == "" {
-		if format, err = detect(path, f); err != nil {
-			f.Close()
-			return nil, err
-		}
-	}
-	io := image.OpenOptions{Resolver: DirResolver{Dir: filepath.Dir(path), Plain: true}, OnlyTop: o.OnlyTop, Snapshot: o.Snapshot}
-	if o.ParentDir != "" && !o.OnlyTop {
-		r := DirResolver{Dir: o.ParentDir, ByBase: true}
-		io.Parent = image.Parents(f, r, func(f image.File, format image.Format, parent image.OpenParent) (image.Image, error) {
-			if format == "" {
-				if format, err = detect(f.Name(), f); err != nil {
-					return nil, err
-				}
-			}
-			return as(f, format, image.OpenOptions{Resolver: DirResolver{Dir: filepath.Dir(f.Name()), Plain: true}, Parent: parent})
-		})
-	}
-	img, err := as(f, format, io)
+	img, err := open(f, path, o)
 	if err != nil {
 		f.Close()
 		return nil, err
@@ -64,117 +62,196 @@ func Open(path string, o Options) (image.Image, error) {
 	return img, nil
 }
 
-// as opens f as an image of that format. If it fails f is still open.
-func as(f image.File, format image.Format, o image.OpenOptions) (image.Image, error) {
-	if o.Snapshot != "" && format != image.Qcow2 {
-		return nil, fmt.Errorf("%s: snapshot %q: a %s image has no internal snapshots: %w", f.Name(), o.Snapshot, format, fault.ErrNotFound)
+func open(f image.File, path string, o Options) (image.Image, error) {
+	format, warning := o.Format, ""
+	if format == "" {
+		var err error
+		if format, warning, err = detect(f, path); err != nil {
+			return nil, err
+		}
 	}
-	// Each case returns a nil Image of its own where it fails, not a nil
-	// pointer in an Image.
+	var parents image.Resolver = image.None
+	if o.ParentDir != "" {
+		// Those formats name their parent's identity, so a wrong file of the
+		// right name is found out; qcow2 does not.
+		parents = DirResolver{Dir: o.ParentDir, ByBase: format != image.Qcow2}
+	}
+	opener := func(f image.File, format image.Format, parent image.OpenParent) (image.Image, error) {
+		return openAs(f, filepath.Dir(f.Name()), format, image.OpenOptions{Resolver: parents, Parent: parent})
+	}
+	img, err := openAs(f, filepath.Dir(path), format, image.OpenOptions{
+		Resolver: parents, Parent: image.Parents(f, parents, opener),
+		OnlyTop: o.OnlyTop, Snapshot: o.Snapshot,
+	})
+	if err == nil && warning != "" {
+		img = warned{img, warning}
+	}
+	return img, err
+}
+
+// openAs opens f, which lies in dir, as what it was said to be.
+func openAs(f image.File, dir string, format image.Format, o image.OpenOptions) (image.Image, error) {
+	if o.Snapshot != "" && format != image.Qcow2 {
+		return nil, fmt.Errorf("%s: snapshot %q: %s images have no internal snapshots: %w", f.Name(), o.Snapshot, format, fault.ErrNotFound)
+	}
 	switch format {
 	case image.Raw:
 		return raw.Open(f), nil
 	case image.Qcow2:
-		if img, err := qcow2.Open(f, o); err != nil {
-			return nil, err
-		} else {
-			return img, nil
-		}
+		return asImage(qcow2.Open(f, o))
 	case image.VHD:
-		open := func() (*vhd.Image, error) { return vhd.Open(f, o.Parent) }
 		if o.OnlyTop {
-			open = func() (*vhd.Image, error) { return vhd.OpenLayer(f) }
+			return asImage(vhd.OpenLayer(f))
 		}
-		if img, err := open(); err != nil {
-			return nil, err
-		} else {
-			return img, nil
-		}
+		return asImage(vhd.Open(f, o.Parent))
 	case image.VHDX:
-		open := func() (*vhdx.Image, error) { return vhdx.Open(f, o.Parent) }
 		if o.OnlyTop {
-			open = func() (*vhdx.Image, error) { return vhdx.OpenLayer(f) }
+			return asImage(vhdx.OpenLayer(f))
 		}
-		if img, err := open(); err != nil {
-			return nil, err
-		} else {
-			return img, nil
-		}
+		return asImage(vhdx.Open(f, o.Parent))
 	case image.VMDK:
-		if img, err := vmdk.Open(f, o); err != nil {
-			return nil, err
-		} else {
-			return img, nil
+		// The extents are the disk itself, in several files.
+		o.Resolver = DirResolver{Dir: dir, Plain: true}
+		return asImage(vmdk.Open(f, o))
+	case "":
+		// A child that does not say what its parent is. The parent's content
+		// is the last thing to ask: its guest could have written it.
+		if format, ok := FormatByName(f.Name()); ok {
+			return openAs(f, dir, format, o)
+		}
+		return nil, fmt.Errorf("%s: its child does not say what format it has: %w", f.Name(), ErrFormat)
+	}
+	return nil, fmt.Errorf("%s: format %q: %w", f.Name(), format, fault.ErrUnsupported)
+}
+
+// asImage keeps a nil pointer from becoming an Image.
+func asImage[I image.Image](img I, err error) (image.Image, error) {
+	if err != nil {
+		return nil, err
+	}
+	return img, nil
+}
+
+// A warned is an image with a warning that it does not know of itself.
+type warned struct {
+	image.Image
+	warning string
+}
+
+func (w warned) Info() image.Info {
+	info := w.Image.Info()
+	info.Warnings = append(info.Warnings[:len(info.Warnings):len(info.Warnings)], w.warning)
+	return info
+}
+
+// Detect says which format the file at path has, by the rules of this package.
+func Detect(path string) (image.Format, error) {
+	f, err := image.OpenFile(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	format, _, err := detect(f, path)
+	return format, err
+}
+
+// detect also gives a warning for a raw file that looks like something else.
+func detect(f image.File, path string) (format image.Format, warning string, err error) {
+	doubt := func(why string, args ...any) (image.Format, string, error) {
+		return "", "", fmt.Errorf("%s: %s: %w", path, fmt.Sprintf(why, args...), ErrFormat)
+	}
+	content := byContent(f)
+	named, known := FormatByName(path)
+	switch {
+	case known && named == image.Raw:
+		if len(content) > 0 {
+			warning = fmt.Sprintf("read as raw because of its name, but it looks like %s", content[0])
+		}
+		return image.Raw, warning, nil
+	case len(content) > 1:
+		return doubt("it is %s and %s at once", content[0], content[1])
+	case known && len(content) == 1 && content[0] != named:
+		return doubt("its name says %s and its content %s", named, content[0])
+	case known:
+		return named, "", nil // where the content says nothing, the format's own error says what is wrong
+	case len(content) == 0:
+		return image.Raw, "", nil
+	case device(path):
+		return doubt("a block device that begins like %s", content[0])
+	}
+	return content[0], "", nil
+}
+
+// byContent gives all formats that the bytes of f could be.
+func byContent(f image.File) []image.Format {
+	var list []image.Format
+	for _, c := range []struct {
+		format image.Format
+		probe  func(image.File) bool
+	}{
+		{image.Qcow2, probeQcow2}, {image.VHDX, vhdx.Probe}, {image.VMDK, vmdk.Probe}, {image.VHD, vhd.Probe},
+	} {
+		if c.probe(f) {
+			list = append(list, c.format)
 		}
 	}
-	return nil, fmt.Errorf("image format %q: %w", format, fault.ErrUnsupported)
+	return list
 }
 
-var extensions = map[string]image.Format{
-	".raw": image.Raw, ".qcow2": image.Qcow2, ".qcow": image.Qcow2, ".vhd": image.VHD, ".avhd": image.VHD, ".vpc": image.VHD,
-	".vhdx": image.VHDX, ".avhdx": image.VHDX, ".vmdk": image.VMDK,
+func probeQcow2(f image.File) bool {
+	var magic [4]byte
+	n, _ := f.ReadAt(magic[:], 0)
+	return string(magic[:n]) == "QFI\xfb"
 }
 
-// FormatByName is the format that the extension of path stands for.
+func device(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode()&os.ModeDevice != 0
+}
+
+// extensions of image files; the first of each format is what we write.
+var extensions = []struct {
+	ext    string
+	format image.Format
+}{
+	{".raw", image.Raw}, {".img", image.Raw},
+	{".qcow2", image.Qcow2},
+	{".vhd", image.VHD}, {".vpc", image.VHD}, {".avhd", image.VHD},
+	{".vhdx", image.VHDX}, {".avhdx", image.VHDX},
+	{".vmdk", image.VMDK},
+}
+
+// FormatByName goes by the extension of path; false for one that says nothing.
 func FormatByName(path string) (image.Format, bool) {
-	f, ok := extensions[strings.ToLower(filepath.Ext(path))]
-	return f, ok
+	ext := strings.ToLower(filepath.Ext(path))
+	for _, e := range extensions {
+		if e.ext == ext {
+			return e.format, true
+		}
+	}
+	return "", false
 }
 
-// detect finds out what an image is that nobody named. Its name comes first:
-// the content of a raw disk is the guest's, which may have written anything.
-func detect(path string, f image.File) (image.Format, error) {
-	if format, ok := FormatByName(path); ok {
-		return format, nil
-	}
-	if info, err := os.Stat(path); err == nil && info.Mode()&os.ModeDevice != 0 {
-		return image.Raw, nil
-	}
-	found := probe(f)
-	if strings.EqualFold(filepath.Ext(path), ".img") && found != image.Raw {
-		// Both are common, and only people know which it is.
-		return "", fmt.Errorf("%s is called a raw image and looks like %s: say which with --format: %w", path, found, fault.ErrUnsupported)
-	}
-	return found, nil
-}
-
-// probe goes by the content alone.
-func probe(f image.File) image.Format {
-	var head [4]byte
-	f.ReadAt(head[:], 0)
-	switch {
-	case string(head[:]) == "QFI\xfb":
-		return image.Qcow2
-	case vhdx.Probe(f):
-		return image.VHDX
-	case vmdk.Probe(f):
-		return image.VMDK
-	case vhd.Probe(f):
-		return image.VHD
-	}
-	return image.Raw
-}
-
-// Create makes a new image at path, which must not exist. What has the name
-// before Finish returned is no image yet.
-func Create(path string, format image.Format, o image.CreateOptions) (image.Writer, error) {
-	switch format {
+// Create makes a new image of format f at path, which must not exist. A
+// monolithicFlat VMDK makes a second file, which vmdk.FlatName names.
+func Create(path string, f image.Format, o image.CreateOptions) (image.Writer, error) {
+	switch f {
 	case image.Raw:
-		return writer(raw.Create(path, o))
+		return asWriter(raw.Create(path, o))
 	case image.Qcow2:
-		return writer(qcow2.Create(path, o))
+		return asWriter(qcow2.Create(path, o))
 	case image.VHD:
-		return writer(vhd.Create(path, o))
+		return asWriter(vhd.Create(path, o))
 	case image.VHDX:
-		return writer(vhdx.Create(path, o))
+		return asWriter(vhdx.Create(path, o))
 	case image.VMDK:
 		return vmdk.Create(path, o)
 	}
-	return nil, fmt.Errorf("image format %q: %w", format, fault.ErrUnsupported)
+	return nil, fmt.Errorf("format %q: %w", f, fault.ErrUnsupported)
 }
 
-// writer keeps a nil pointer from becoming a Writer that is not nil.
-func writer[W image.Writer](w W, err error) (image.Writer, error) {
+// asWriter keeps a nil pointer from becoming a Writer.
+func asWriter[W image.Writer](w W, err error) (image.Writer, error) {
 	if err != nil {
 		return nil, err
 	}

@@ -1,5 +1,3 @@
-// Package open opens and creates virtual disk images of every format: it knows
-// which format a file has and which further files it may name.
 package open
 
 import (

@@ -89,7 +89,7 @@ func (b *builder) open() error {
 	case isDescriptor(head):
 		err = b.openDescriptor()
 	default:
-		err = fault.Corrupt(b.f.Name(), 0, "no VMDK begins like this")
+		err = fault.Corrupt(b.f.Name(), 0, "no VMDK begins like this (a -flat file is opened through the descriptor beside it)")
 	}
 	if err != nil {
 		return err
