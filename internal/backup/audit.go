@@ -22,7 +22,7 @@ func (r *reader) audit(ctx context.Context) (bad, sampled int64, err error) {
 		return 0, 0, nil
 	}
 	sample := r.sample()
-	r.Log.Debug("tracking audit", "vm", r.history.name, "disk", r.info.ID, "chunks", len(sample), "seed", r.seed)
+	r.Log.Info("tracking audit", "vm", r.history.name, "disk", r.info.ID, "chunks", len(sample), "seed", r.seed)
 	unit := r.Repo.ChunkBytes()
 	var differ, bytes atomic.Int64
 	err = r.pipeline(ctx, func(_ context.Context, emit func(task) error) error {

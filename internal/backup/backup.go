@@ -13,7 +13,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"log/slog"
 	"runtime"
@@ -89,6 +88,10 @@ type Result struct {
 	// point is good, since they were read whole; earlier ones are Suspect.
 	Lied    []vm.DiskID
 	Suspect []point.ID
+
+	// Damage is what of the repository could not be read on the way, nil if
+	// all could. The point is good: what it needed came from the source.
+	Damage error
 
 	Warnings []string
 	Duration time.Duration // all of it
@@ -176,6 +179,7 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 		return fail(err)
 	}
 	res.VM = name
+	defer func() { res.Damage = history.damage() }()
 
 	// The store is asked before the guest is touched: a full or read-only
 	// store must not cost a freeze.
@@ -183,13 +187,16 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 	if err != nil {
 		return fail(err)
 	}
+	abort := func() {
+		ctx, cancel := cleanup()
+		defer cancel()
+		if err := rs.Abort(ctx); err != nil {
+			e.Log.Warn("abort of the repository session", "vm", name, "err", err)
+		}
+	}
 	defer func() {
 		if res.Err != nil {
-			ctx, cancel := cleanup()
-			defer cancel()
-			if err := rs.Abort(ctx); err != nil {
-				e.Log.Warn("abort of the repository session", "vm", name, "err", err)
-			}
+			abort()
 		}
 	}()
 
@@ -220,6 +227,19 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 	}()
 
 	p, err := e.readAll(ctx, &res, rs, hs, history)
+	if history.blames(err) && ctx.Err() == nil {
+		// The previous point's manifests can't be read all through. A session
+		// that met this is broken; what it stored is reused by the next.
+		e.Log.Warn("the previous restore point can't be built on, reading everything", "vm", name, "err", err)
+		history.giveUp(err)
+		abort()
+		again, err2 := e.Repo.Begin(ctx, repo.SessionOptions{Level: e.Level})
+		if err2 != nil {
+			return fail(err2)
+		}
+		rs = again
+		p, err = e.readAll(ctx, &res, rs, hs, history)
+	}
 	if err != nil {
 		return fail(err)
 	}
@@ -236,6 +256,9 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 	committed = true
 	res.Point = p
 	res.Warnings = append(res.Warnings, p.Warnings...)
+	if err := history.damage(); err != nil {
+		res.Warnings = append(res.Warnings, fmt.Sprintf("the repository is damaged; this point does not rest on it: %v", err))
+	}
 
 	// The point is durable. If the host can't be told, that costs a full read
 	// next time and perhaps a leftover that the reaper takes, never data.
@@ -331,5 +354,3 @@ func (e *engine) seed() uint64 {
 
 // errNoSuchVM names the VM that a driver does not list.
 func errNoSuchVM(name string) error { return fmt.Errorf("VM %s: %w", name, fault.ErrNotFound) }
-
-var errNameTaken = errors.New("two sources of one command would share a VM name")

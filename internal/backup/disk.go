@@ -43,15 +43,21 @@ type reader struct {
 	lied                        bool
 }
 
+// errSource is the class of what the source, and not the repository, did wrong.
+var errSource = errors.New("the source")
+
+// A sourceError adds the class errSource to an error, and no words.
+type sourceError struct{ error }
+
+func (e sourceError) Unwrap() error        { return e.error }
+func (e sourceError) Is(target error) bool { return target == errSource }
+
 // run reads the disk in whatever mode the source and the previous point allow.
 func (r *reader) run(ctx context.Context) (point.Disk, error) {
 	start := r.Now()
 	d := point.Disk{Disk: r.info, ChangeID: r.src.ChangeID()}
 	d.Mode, d.Reason = r.src.Mode()
 	prev, has := r.history.disk(r.info.ID)
-	if why := r.history.distrusted(); why != "" && d.Mode != point.Incremental {
-		d.Reason = why
-	}
 	if err := r.open(ctx, &d, prev, has); err != nil {
 		return d, err
 	}
@@ -71,29 +77,49 @@ func (r *reader) run(ctx context.Context) (point.Disk, error) {
 }
 
 // open starts the disk in the repository, upon the previous point if there is
-// one that can be read.
+// one that can be read, and settles what the disk's mode is to be called.
 func (r *reader) open(ctx context.Context, d *point.Disk, prev point.Disk, has bool) (err error) {
-	if has && d.Mode != point.Full {
-		r.out, err = r.session.Disk(ctx, r.info.SizeBytes, prev.Manifest)
-		if err == nil {
+	useless := r.history.useless
+	if has && useless == nil {
+		if r.out, err = r.session.Disk(ctx, r.info.SizeBytes, prev.Manifest); err == nil {
 			r.previous = true
+			r.distrust(d, prev)
 			return nil
 		}
 		if ctx.Err() != nil {
 			return err
 		}
+		r.history.note(fmt.Errorf("disk %s of the previous restore point: %w", r.info.ID, err))
 		r.Log.Warn("the previous restore point can't be built on, reading everything", "vm", r.history.name, "disk", r.info.ID, "err", err)
-		d.Mode, d.Reason = point.Full, fmt.Sprintf("the previous restore point can't be read: %v", err)
+		useless = err
 	}
-	if !has && d.Mode != point.Full {
-		reason := "first backup of this disk"
-		if r.history.newest() == nil {
-			reason = "first backup"
-		}
-		d.Mode, d.Reason = point.Full, reason
+	switch {
+	case useless != nil:
+		d.Reason = fmt.Sprintf("the previous restore point can't be read: %v", useless)
+	case d.Mode != point.Full:
+		d.Reason = "first backup of this disk"
 	}
+	d.Mode = point.Full
 	r.out, err = r.session.Disk(ctx, r.info.SizeBytes, "")
 	return err
+}
+
+// distrust makes of an incremental a comparison where the previous point gives
+// cause, whatever the driver says. Everything that is read whole upon a
+// previous point is compared with it.
+func (r *reader) distrust(d *point.Disk, prev point.Disk) {
+	why := ""
+	if s := r.history.distrusted(); s != "" {
+		why = s
+	} else if r.info.SizeBytes < prev.SizeBytes && d.Mode == point.Incremental {
+		why = fmt.Sprintf("the disk shrank from %d to %d bytes", prev.SizeBytes, r.info.SizeBytes)
+	}
+	if why != "" {
+		d.Mode, d.Reason = point.Compared, why
+	}
+	if d.Mode == point.Full {
+		d.Mode = point.Compared
+	}
 }
 
 // readAs reads the disk in mode d.Mode. Tracking that is lost on the way, or
@@ -116,7 +142,7 @@ func (r *reader) readAs(ctx context.Context, d *point.Disk, prevBytes int64) err
 	}
 	r.lied = true
 	why := fmt.Sprintf("change tracking of disk %s lied: %d of %d sampled chunks that it called unchanged differ", r.info.ID, bad, sampled)
-	r.Log.Error("change tracking lied", "vm", r.history.name, "disk", r.info.ID, "differ", bad, "sampled", sampled)
+	r.Log.Error("change tracking lied", "vm", r.history.name, "disk", r.info.ID, "differ", bad, "sampled", sampled, "seed", r.seed)
 	// Marked first: if this run dies now, the marks make the next one read all.
 	if err := r.history.mark(ctx, r.info.ID, why); err != nil {
 		return err
@@ -141,7 +167,7 @@ func (r *reader) everything(ctx context.Context) error {
 			win := extent.Extent{Off: off, Len: min(windowBytes, size-off)}
 			data, err := r.src.Data(ctx, win)
 			if err != nil {
-				return err
+				return sourceError{err}
 			}
 			for _, t := range cut(merge(data.Within(win), mergeBytes), unit) {
 				if err := r.holes(ctx, next, t.index); err != nil {
@@ -191,7 +217,7 @@ func (r *reader) changed(ctx context.Context, prevBytes int64) error {
 			win := extent.Extent{Off: off, Len: min(windowBytes, size-off)}
 			set, err := r.src.Changed(ctx, win)
 			if err != nil {
-				return err
+				return sourceError{err}
 			}
 			set = set.Within(win)
 			set.Add(extent.Extent{Off: max(off, prevBytes), Len: win.End() - max(off, prevBytes)})
@@ -201,7 +227,7 @@ func (r *reader) changed(ctx context.Context, prevBytes int64) error {
 			var data extent.Set
 			if set.Bytes() > 0 {
 				if data, err = r.src.Data(ctx, win); err != nil {
-					return err
+					return sourceError{err}
 				}
 			}
 			done := int64(0)
@@ -240,6 +266,7 @@ func (r *reader) put(ctx context.Context, t task, buf []byte) error {
 			}
 			// The guest has the whole chunk, so nothing is lost; but it is
 			// counted apart, since it says that the repository is damaged.
+			r.history.note(fmt.Errorf("disk %s of the previous restore point: %w", r.info.ID, err))
 			r.Log.Warn("chunk of the previous restore point can't be read, reading it from the source", "vm", r.history.name, "disk", r.info.ID, "chunk", t.index, "err", err)
 			whole := extent.Extent{Off: t.index * r.Repo.ChunkBytes(), Len: int64(len(buf))}
 			t.parts = []extent.Extent{whole}
@@ -272,7 +299,7 @@ func (r *reader) readParts(t task, buf []byte) error {
 			if err == nil || errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
-			return fmt.Errorf("read %d bytes at %d of the source: %w", e.Len, e.Off, err)
+			return sourceError{fmt.Errorf("read %d bytes at %d of the source: %w", e.Len, e.Off, err)}
 		}
 		r.read.Add(e.Len)
 	}

@@ -20,6 +20,9 @@ type history struct {
 
 	mu      sync.Mutex
 	suspect []point.ID // points that this run marked
+	useless error      // why no point must be built on; nil if one may
+	damaged int        // how often something could not be read
+	first   error      // of those
 }
 
 // history finds out how the repository is to call the VM, and what it has.
@@ -28,8 +31,14 @@ func (e *engine) history(ctx context.Context, job Job) (*history, string, error)
 	if err != nil {
 		return nil, "", err
 	}
+	h := &history{engine: e}
 	all, err := e.Repo.Points(ctx)
-	if err != nil {
+	switch {
+	case errors.Is(err, fault.ErrCorrupt):
+		// One damaged record must not end the protection of a VM. Without the
+		// newest point its checkpoint is not found either, and all is read.
+		h.note(err)
+	case err != nil:
 		return nil, "", err
 	}
 	name := job.VM
@@ -43,9 +52,9 @@ func (e *engine) history(ctx context.Context, job Job) (*history, string, error)
 	}
 	e.mu.Unlock()
 	if taken {
-		return nil, "", fmt.Errorf("%s and %s as %s: %w", other, job.Source, name, errors.Join(errNameTaken, fault.ErrExists))
+		return nil, "", fmt.Errorf("%s and %s would both be VM %s: %w", other, job.Source, name, fault.ErrExists)
 	}
-	h := &history{engine: e, name: name}
+	h.name = name
 	for _, p := range all {
 		if p.VM == name {
 			h.points = append(h.points, p)
@@ -84,6 +93,40 @@ func uniqueName(m vm.Machine, all []*point.RestorePoint) string {
 		}
 	}
 	return m.Name
+}
+
+// note remembers that something of the repository could not be read.
+func (h *history) note(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.damaged++; h.damaged == 1 {
+		h.first = err
+	}
+}
+
+// damage sums up what was noted.
+func (h *history) damage() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.damaged > 1 {
+		return fmt.Errorf("%w (and %d more)", h.first, h.damaged-1)
+	}
+	return h.first
+}
+
+// blames says whether err, of reading all disks, may come from the previous
+// point, so that it may go well without that.
+func (h *history) blames(err error) bool {
+	if h.newest() == nil || h.useless != nil || errors.Is(err, errSource) {
+		return false
+	}
+	return errors.Is(err, fault.ErrCorrupt) || errors.Is(err, fault.ErrNotFound)
+}
+
+// giveUp makes all disks be read whole and stored anew.
+func (h *history) giveUp(err error) {
+	h.note(err)
+	h.useless = err
 }
 
 // newest is the newest point, or nil.
