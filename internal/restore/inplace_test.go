@@ -115,6 +115,14 @@ func TestInPlaceInterrupted(t *testing.T) {
 	if ls(t, dir) != "disk.raw" {
 		t.Errorf("left %q", ls(t, dir))
 	}
+	// A whole new image by force completes it too.
+	os.WriteFile(Marker(target), nil, 0o600)
+	if _, err := Disk(t.Context(), src, target, Options{Force: true}); err != nil {
+		t.Fatal(err)
+	}
+	if ls(t, dir) != "disk.raw" {
+		t.Errorf("left %q", ls(t, dir))
+	}
 }
 
 func TestInPlaceRefusals(t *testing.T) {

@@ -11,9 +11,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -22,6 +22,7 @@ import (
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/open"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/repo"
 	"github.com/backstay/backstay/internal/vm"
@@ -103,35 +104,15 @@ type Result struct {
 	Duration      time.Duration `json:"duration_ns"`
 }
 
-// extensions of image files; the first of each format is what we write.
-var extensions = []struct {
-	ext    string
-	format image.Format
-}{
-	{".raw", image.Raw}, {".img", image.Raw}, {".qcow2", image.Qcow2}, {".vhd", image.VHD}, {".vpc", image.VHD},
-	{".vhdx", image.VHDX}, {".vmdk", image.VMDK},
-}
-
 // FormatOf goes by the extension of path; it is "" for one that says nothing.
 func FormatOf(path string) image.Format {
-	ext := strings.ToLower(filepath.Ext(path))
-	for _, e := range extensions {
-		if e.ext == ext {
-			return e.format
-		}
-	}
-	return ""
+	f, _ := open.FormatByName(path)
+	return f
 }
 
-// Extension is the usual one of files of format f, with its dot.
-func Extension(f image.Format) string {
-	for _, e := range extensions {
-		if e.format == f {
-			return e.ext
-		}
-	}
-	return "." + string(f)
-}
+// Extension is the usual one of files of format f, with its dot. The formats
+// are named after it.
+func Extension(f image.Format) string { return "." + string(f) }
 
 // Disk restores src to a new image at target.
 //
@@ -166,6 +147,7 @@ func Disk(ctx context.Context, src Source, target string, o Options) (Result, er
 	if err != nil {
 		return Result{}, fmt.Errorf("%s: %w", target, err)
 	}
+	os.Remove(Marker(target)) // what was half restored in place is replaced
 	res.Target, res.Duration = target, time.Since(start)
 	return res, nil
 }
