@@ -2,9 +2,12 @@ package main_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -63,6 +66,48 @@ func TestScripts(t *testing.T) {
 				_, err = f.WriteAt([]byte(args[2]), off)
 				ts.Check(err)
 			},
+			// flip GLOB OFFSET: turns one bit of the one file that GLOB names; a
+			// negative offset counts from its end.
+			"flip": func(ts *testscript.TestScript, neg bool, args []string) {
+				path := one(ts, args[0])
+				f, err := os.OpenFile(path, os.O_RDWR, 0)
+				ts.Check(err)
+				defer f.Close()
+				off, err := strconv.ParseInt(args[1], 10, 64)
+				ts.Check(err)
+				if off < 0 {
+					st, err := f.Stat()
+					ts.Check(err)
+					off += st.Size()
+				}
+				var b [1]byte
+				_, err = f.ReadAt(b[:], off)
+				ts.Check(err)
+				b[0] ^= 0x10
+				_, err = f.WriteAt(b[:], off)
+				ts.Check(err)
+			},
+			// cut GLOB BYTES: makes the one file that GLOB names shorter by so much.
+			"cut": func(ts *testscript.TestScript, neg bool, args []string) {
+				path := one(ts, args[0])
+				n, err := strconv.ParseInt(args[1], 10, 64)
+				ts.Check(err)
+				st, err := os.Stat(path)
+				ts.Check(err)
+				ts.Check(os.Truncate(path, st.Size()-n))
+			},
+			// tmpfs DIR SIZE: mounts a small file system until the script ends. With
+			// ! it becomes read-only.
+			"tmpfs": func(ts *testscript.TestScript, neg bool, args []string) {
+				dir := ts.MkAbs(args[0])
+				if neg {
+					ts.Check(run("mount", "-o", "remount,ro", dir))
+					return
+				}
+				ts.Check(os.MkdirAll(dir, 0o755))
+				ts.Check(run("mount", "-t", "tmpfs", "-o", "size="+args[1], "backstay-test", dir))
+				ts.Defer(func() { run("umount", "-l", dir) })
+			},
 			// size FILE BYTES: makes or cuts a file to that length.
 			"size": func(ts *testscript.TestScript, neg bool, args []string) {
 				n, err := strconv.ParseInt(args[1], 10, 64)
@@ -74,4 +119,22 @@ func TestScripts(t *testing.T) {
 			},
 		},
 	})
+}
+
+// one gives the one file that a pattern names.
+func one(ts *testscript.TestScript, glob string) string {
+	found, err := filepath.Glob(ts.MkAbs(glob))
+	ts.Check(err)
+	if len(found) != 1 {
+		ts.Fatalf("%s names %d files, want one", glob, len(found))
+	}
+	return found[0]
+}
+
+func run(name string, args ...string) error {
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
+	}
+	return nil
 }
