@@ -1,0 +1,154 @@
+package vhd
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/imagetest"
+)
+
+// tiny is a disk of six sectors in blocks of two.
+func tiny(kind uint32) memory {
+	f := footer{features: 2, dataOffset: footerBytes, creator: "win ", originalBytes: 3072, currentBytes: 3072, geometry: newGeometry(3072), kind: kind}
+	if kind == typeFixed {
+		return append(bytes.Repeat([]byte{7}, 3072), f.encode()...)
+	}
+	h := header{tableOffset: tableOffset, entries: 3, blockBytes: 1024}
+	table := bytes.Repeat([]byte{0xff}, 512)
+	at := uint32(tableOffset/512 + 1)
+	var blocks []byte
+	if kind == typeDifferencing {
+		name := []byte("p\x00")
+		h.locators[0] = locator{code: "W2ru", bytes: 2, off: int64(at) * 512}
+		blocks = append(name, make([]byte, 510)...)
+		at++
+	}
+	for i, bits := range []byte{0xc0, 0x40} {
+		binary.BigEndian.PutUint32(table[8*i:], at)
+		at += 3
+		blocks = append(blocks, append([]byte{bits}, make([]byte, 511)...)...)
+		blocks = append(blocks, bytes.Repeat([]byte{byte(i + 1)}, 1024)...)
+	}
+	m := append(f.encode(), h.encode()...)
+	return append(append(append(m, table...), blocks...), f.encode()...)
+}
+
+// Whatever the bytes say, opening, walking and reading neither panic nor loop,
+// and agree with each other.
+func FuzzOpen(f *testing.F) {
+	for _, kind := range []uint32{typeFixed, typeDynamic, typeDifferencing} {
+		f.Add([]byte(tiny(kind)), true)
+	}
+	if os.Getenv("BACKSTAY_SAMPLES") != "" {
+		for _, name := range []string{"qemu-iotests/afl5.img.bz2", "qemu-iotests/hyperv2012r2-dynamic.vhd.bz2"} {
+			path, _ := imagetest.Sample(f, name)
+			if p, err := os.ReadFile(path); err == nil {
+				f.Add(p, false)
+			}
+		}
+	}
+	f.Fuzz(func(t *testing.T, p []byte, seal bool) {
+		m := memory(bytes.Clone(p))
+		if seal && len(m) >= footerBytes+headerBytes {
+			m.seal()
+		}
+		parent := func(string, image.Format) (image.Image, error) { return openMemory(t, tiny(typeFixed)), nil }
+		img, err := Open(m, parent)
+		if err != nil {
+			if img, err = OpenLayer(m); err != nil {
+				return
+			}
+		}
+		img.Info()
+		n := 0
+		for e, err := range img.Extents(context.Background(), extent.Extent{Len: img.Size()}) {
+			if err != nil || n == 100 {
+				break
+			}
+			n++
+			buf := bytes.Repeat([]byte{0xa5}, int(min(e.Len, 4096)))
+			if got, err := img.ReadAt(buf, e.Off); err != nil && err != io.EOF || got != len(buf) {
+				t.Fatalf("%+v cannot be read: %d, %v", e, got, err)
+			}
+			if e.Kind != image.Data && len(bytes.Trim(buf, "\x00")) > 0 {
+				t.Fatalf("%+v is not zero", e)
+			}
+		}
+	})
+}
+
+// What was written is read, whatever the order, lengths and places.
+func FuzzRoundTrip(f *testing.F) {
+	f.Add(uint32(1<<20+512), uint8(0), []byte{1, 0, 0, 1, 2, 200, 3, 255})
+	f.Add(uint32(5000), uint8(1), []byte{9, 0, 0, 9})
+	f.Add(uint32(1<<20), uint8(2), []byte{0, 10, 0, 90, 7, 30, 1, 10})
+	f.Fuzz(func(t *testing.T, size uint32, kind uint8, ops []byte) {
+		size %= 2 << 20
+		o := image.CreateOptions{VirtualBytes: int64(size), BlockBytes: 512 << 10}
+		want := make([]byte, (int64(size)+511)/512*512)
+		var parent image.OpenParent
+		switch kind % 3 {
+		case 1:
+			o = image.CreateOptions{VirtualBytes: int64(size), Variant: "fixed"}
+		case 2:
+			base := footer{dataOffset: -1, creator: "win ", currentBytes: int64(len(want)), kind: typeFixed}
+			for i := range want {
+				want[i] = byte(i>>9) | 1
+			}
+			m := memory(append(bytes.Clone(want), base.encode()...))
+			info := openMemory(t, m).Info()
+			o.VirtualBytes = int64(len(want))
+			o.Parent, o.ParentInfo = "base.vhd", &info
+			parent = func(string, image.Format) (image.Image, error) { return openMemory(t, m), nil }
+		}
+		path := filepath.Join(t.TempDir(), "disk.vhd")
+		w, err := Create(path, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		for ; len(ops) >= 4; ops = ops[4:] {
+			off := int64(ops[0])<<15 | int64(ops[1])<<7
+			n := int64(ops[2])<<12 | int64(ops[3])
+			if u := w.Unit(); u > 1 {
+				off, n = off/u*u, n/u*u
+			}
+			off = min(off, o.VirtualBytes)
+			n = min(n, o.VirtualBytes-off)
+			p := bytes.Repeat([]byte{ops[3] & 3}, int(n))
+			copy(want[off:], p)
+			if m, err := w.WriteAt(p, off); m != len(p) || err != nil {
+				t.Fatalf("WriteAt(%d, %d) = %d, %v", n, off, m, err)
+			}
+			if len(p) > 0 && p[0] == 0 { // zeros over data are not promised
+				return
+			}
+		}
+		if err := w.Finish(); err != nil {
+			t.Fatal(err)
+		}
+		file, err := image.OpenFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		img, err := Open(file, parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer img.Close()
+		got := make([]byte, len(want))
+		if _, err := img.ReadAt(got, 0); err != nil && len(got) > 0 {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Fatal("another content")
+		}
+	})
+}
