@@ -9,6 +9,7 @@ package manifest
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -132,8 +133,8 @@ func newCoder(header []byte, k *seal.Key) *coder {
 	return &coder{header: header, key: k, codec: zstd.New(1)}
 }
 
-// encode gives page no; nonce is nil except in tests.
-func (c *coder) encode(no int64, p Page, nonce *[seal.NonceBytes]byte) ([]byte, error) {
+// encode gives page no.
+func (c *coder) encode(no int64, p Page) ([]byte, error) {
 	ids := make([]chunk.ID, 0, len(p.IDs))
 	for i, id := range p.IDs {
 		if p.Data[i] {
@@ -159,6 +160,13 @@ func (c *coder) encode(no int64, p Page, nonce *[seal.NonceBytes]byte) ([]byte, 
 	if err != nil {
 		return nil, err
 	}
+	var nonce [seal.NonceBytes]byte
+	rand.Read(nonce[:])
+	return c.seal(no, ids, frame, nonce), nil
+}
+
+// seal makes page no of its list and its compressed positions.
+func (c *coder) seal(no int64, ids []chunk.ID, frame []byte, nonce [seal.NonceBytes]byte) []byte {
 	b := make([]byte, pageHeader, pageHeader+32*len(ids)+len(frame)+seal.Overhead)
 	copy(b, pageMagic)
 	le.PutUint64(b[8:], uint64(no))
@@ -168,10 +176,7 @@ func (c *coder) encode(no int64, p Page, nonce *[seal.NonceBytes]byte) ([]byte, 
 		b = append(b, ids[i][:]...)
 	}
 	c.aad = append(append(c.aad[:0], c.header...), b...)
-	if nonce != nil {
-		return c.key.SealWith(b, *nonce, frame, c.aad), nil
-	}
-	return c.key.Seal(b, frame, c.aad), nil
+	return c.key.SealWith(b, nonce, frame, c.aad)
 }
 
 func compare(a, b chunk.ID) int { return bytes.Compare(a[:], b[:]) }

@@ -17,7 +17,6 @@ type Writer struct {
 	coder *coder
 	table []byte
 	last  int64
-	nonce func() *[seal.NonceBytes]byte // for test vectors
 }
 
 // NewWriter starts a manifest; h's Salt is chosen here.
@@ -42,20 +41,20 @@ func (w *Writer) Page(no int64, p Page) error {
 		panic(fmt.Sprintf("manifest: page %d of %d after %d", no, w.h.Pages(), w.last))
 	}
 	w.last = no
-	var nonce *[seal.NonceBytes]byte
-	if w.nonce != nil {
-		nonce = w.nonce()
-	}
-	b, err := w.coder.encode(no, p, nonce)
+	b, err := w.coder.encode(no, p)
 	if err != nil {
 		return err
 	}
+	return w.add(no, b)
+}
+
+func (w *Writer) add(no int64, b []byte) error {
 	sum := seal.Hash(b)
 	w.table = le.AppendUint64(w.table, uint64(no))
 	w.table = le.AppendUint32(w.table, uint32(len(b)))
 	w.table = le.AppendUint32(w.table, 0)
 	w.table = append(w.table, sum[:]...)
-	_, err = w.out.Write(b)
+	_, err := w.out.Write(b)
 	return err
 }
 

@@ -6,6 +6,7 @@ package object
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -74,11 +75,17 @@ func (b Binding) aad(clear []byte) []byte {
 
 // EncodeSealed is Encode with secret sealed by key.
 func EncodeSealed(v any, key *seal.Key, bind Binding, secret []byte) ([]byte, error) {
+	var nonce [seal.NonceBytes]byte
+	rand.Read(nonce[:])
+	return encodeSealed(v, key, nonce, bind, secret)
+}
+
+func encodeSealed(v any, key *seal.Key, nonce [seal.NonceBytes]byte, bind Binding, secret []byte) ([]byte, error) {
 	b, err := open(v)
 	if err != nil {
 		return nil, err
 	}
-	s := key.Seal(nil, secret, bind.aad(b))
+	s := key.SealWith(nil, nonce, secret, bind.aad(b))
 	b = append(b, `"sealed":"`+base64.StdEncoding.EncodeToString(s)+`",`...)
 	return append(b, tail(b)...), nil
 }

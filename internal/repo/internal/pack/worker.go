@@ -2,6 +2,7 @@ package pack
 
 import (
 	"bytes"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -71,14 +72,22 @@ func (w *Worker) Seal(id chunk.ID, plain []byte, compress bool) (Entry, []byte, 
 			body, e.Encoding = frame, Zstd
 		}
 	}
+	var nonce [seal.NonceBytes]byte
+	rand.Read(nonce[:])
+	rec := w.seal(&e, body, nonce)
+	return e, rec, nil
+}
+
+// seal makes the record of e, whose encoding gave body.
+func (w *Worker) seal(e *Entry, body []byte, nonce [seal.NonceBytes]byte) []byte {
 	e.CLen = uint32(len(body))
 	if n := int(e.Bytes()); cap(w.record) < n {
-		w.record = make([]byte, 0, max(n, n+n/4))
+		w.record = make([]byte, 0, n+n/4)
 	}
-	k := w.key(&id)
-	rec := k.Seal(w.record[:RecordHeader], body, w.bind(&e))
-	putRecordHeader(rec, e, crc32.Checksum(rec[RecordHeader:], castagnoli))
-	return e, rec, nil
+	k := w.key(&e.ID)
+	rec := k.SealWith(w.record[:RecordHeader], nonce, body, w.bind(e))
+	putRecordHeader(rec, *e, crc32.Checksum(rec[RecordHeader:], castagnoli))
+	return rec
 }
 
 // Open gives the chunk id out of its record, in dst's memory if that suffices.

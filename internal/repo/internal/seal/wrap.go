@@ -27,7 +27,7 @@ var DefaultKDF = KDF{Passes: 3, MemoryKiB: 64 << 10, Threads: 4}
 // allocated for them.
 func (c KDF) Check() error {
 	if c.Passes < 1 || c.Passes > 64 || c.Threads < 1 || c.Threads > 64 ||
-		c.MemoryKiB > 2<<20 || c.MemoryKiB < 8*uint32(c.Threads) {
+		c.MemoryKiB > 1<<20 || c.MemoryKiB < 8*uint32(c.Threads) {
 		return fmt.Errorf("key derivation with %d passes over %d KiB by %d threads is out of bounds", c.Passes, c.MemoryKiB, c.Threads)
 	}
 	return nil
