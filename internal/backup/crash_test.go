@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"testing"
 
 	"github.com/backstay/backstay/internal/blob"
@@ -214,12 +215,11 @@ func memWorldOn(t *testing.T, st blob.Store) *world {
 func TestFencedBackupMayBeRepeated(t *testing.T) {
 	disk := mem.New()
 	w := memWorldOn(t, disk)
-	started := false
+	var started atomic.Bool
 	r := w.mustOpen()
 	defer r.Close()
 	w.vm.OnRead("vda", func(int64, int) error {
-		if !started {
-			started = true
+		if started.CompareAndSwap(false, true) {
 			other, err := repo.Open(t.Context(), noLocks{disk}, repo.Key{Passphrase: password})
 			if err != nil {
 				return err
@@ -230,8 +230,6 @@ func TestFencedBackupMayBeRepeated(t *testing.T) {
 		}
 		return nil
 	})
-	o := w.options(r)
-	o.Workers = 1
 	res := w.tryIn(t.Context(), r)
 	if !errors.Is(res.Err, fault.ErrFenced) {
 		t.Errorf("%v, want fault.ErrFenced", res.Err)
