@@ -27,21 +27,21 @@ const (
 
 func TestQEMUKilled(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	// A bitmap that was never saved is gone with its QEMU,
 	z := h.backup(repoA, nil, hypervisor.Options{})
 	h.ok(h.web.Kill(h.ctx))
-	h.running()
+	h.up()
 	a := h.backup(repoA, z, hypervisor.Options{})
 	missing := "full (change tracking was lost: the bitmap is missing from the disk), "
 	h.wantModes(a, "vda "+missing+"vdb "+missing+rawAgain)
 	h.wantClean(a.checkpoint())
 	// and one that was saved says that it missed something.
 	h.ok(h.web.Destroy(h.ctx))
-	h.running()
+	h.up()
 	h.ok(h.web.Kill(h.ctx))
-	h.running()
+	h.up()
 	b := h.backup(repoA, a, hypervisor.Options{})
 	broken := "full (change tracking was lost: the bitmap is inconsistent, because QEMU or the host went down), "
 	h.wantModes(b, "vda "+broken+"vdb "+broken+rawAgain)
@@ -86,7 +86,7 @@ func TestNewDiskAndDiskTakenAway(t *testing.T) {
 
 func TestDiskResized(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	a := h.backup(repoA, nil, hypervisor.Options{})
 	was := a.ids["vdb"].SizeBytes
@@ -133,7 +133,7 @@ func TestShutOff(t *testing.T) {
 	}
 	h.wantClean(a.checkpoint())
 
-	h.running()
+	h.up()
 	h.write("vdb", 3<<20, 4096, 5)
 	c := h.backup(repoA, b, hypervisor.Options{})
 	h.wantModes(c, incremental+rawAgain)
@@ -157,7 +157,7 @@ func TestShutOff(t *testing.T) {
 // together.
 func TestExternalSnapshotAndBlockCommit(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	a := h.backup(repoA, nil, hypervisor.Options{})
 	h.write("vdb", 1<<20, 4096, 6)
@@ -182,7 +182,7 @@ func TestExternalSnapshotAndBlockCommit(t *testing.T) {
 
 func TestLibvirtRestartedInTheMiddle(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	a := h.backup(repoA, nil, hypervisor.Options{})
 	b, err := h.begin(h.Driver, repoA, a, hypervisor.Options{})
@@ -201,7 +201,7 @@ func TestLibvirtRestartedInTheMiddle(t *testing.T) {
 
 func TestVMDestroyedInTheMiddle(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	a := h.backup(repoA, nil, hypervisor.Options{})
 	for name, pull := range map[string]func(context.Context) error{"destroyed": h.web.Destroy, "killed": h.web.Kill} {
@@ -213,7 +213,7 @@ func TestVMDestroyedInTheMiddle(t *testing.T) {
 		}
 		h.ok(b.Abort(h.ctx))
 		h.wantClean(a.checkpoint())
-		h.running()
+		h.up()
 		c := h.backup(repoA, a, hypervisor.Options{})
 		if name == "destroyed" {
 			h.wantModes(c, incremental+rawAgain)
@@ -225,7 +225,7 @@ func TestVMDestroyedInTheMiddle(t *testing.T) {
 
 func TestSecondBackupIsRefusedQuickly(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	a, err := h.begin(h.Driver, repoA, nil, hypervisor.Options{})
 	h.ok(err)
@@ -245,7 +245,7 @@ func TestSecondBackupIsRefusedQuickly(t *testing.T) {
 
 func TestTwoRepositories(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	a := h.backup(repoA, nil, hypervisor.Options{})
 	h.write("vdb", 1<<20, 4096, 10)
@@ -268,7 +268,7 @@ func TestTwoRepositories(t *testing.T) {
 // would stand in the user's way.
 func TestCheckpointForgotten(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	a := h.backup(repoA, nil, hypervisor.Options{})
 	_, err := h.lab.Virsh(h.ctx, "checkpoint-delete", "web01", a.checkpoint(), "--metadata")
@@ -297,7 +297,7 @@ func TestCheckpointForgotten(t *testing.T) {
 // up before that hurts anybody.
 func TestScratchLimit(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	h.write("vdb", 0, 16<<20, 13)
 	a, err := h.begin(h.Driver, repoA, nil, hypervisor.Options{ScratchLimit: 2 << 20})
@@ -317,7 +317,7 @@ func TestScratchLimit(t *testing.T) {
 
 func TestExcludedDisk(t *testing.T) {
 	h := newHost(t)
-	h.running()
+	h.up()
 	h.reset()
 	a := h.backup(repoA, nil, hypervisor.Options{Exclude: []vm.DiskID{"vda", "vdc"}})
 	h.wantModes(a, "vdb full (first backup)")

@@ -31,6 +31,10 @@ const (
 // file is removed when nobody writes it any more.
 var undoOrder = []string{kindFreeze, kindJob, kindNBD, kindScratch, kindCheckpoint}
 
+// askAgain is how long libvirt may take to end a job it was asked to end. A
+// restart may make it forget.
+const askAgain = 40 * time.Second
+
 // undo takes away what run has made, but for entries that keep names; those
 // are struck off if strike says so. It does all it can, and what it can't stays
 // in the journal. done says in words what was found and undone.
@@ -111,20 +115,29 @@ func (d *domain) undoFreeze(ctx context.Context) (string, error) {
 }
 
 // endJob ends the pull backup that serves socket, and no other.
+//
+// It asks libvirt once and then only looks. libvirt ends the job in the thread
+// that handles all events, which may be stuck for up to 30 s: so long it waits
+// with a guest agent that connects while a backup runs. Asking again does not
+// make that shorter.
 func (d *domain) endJob(ctx context.Context, socket string) (string, error) {
-	for ended := ""; ; {
+	var asked time.Time
+	did := ""
+	for {
 		now, err := d.backupSocket(ctx)
 		if errors.Is(err, fault.ErrNotFound) && !errors.Is(err, errNotRunning) {
-			return ended, nil // the VM is gone, and its job with it
+			return did, nil // the VM is gone, and its job with it
 		}
 		if err != nil || now != socket {
-			return ended, err
+			return did, err
 		}
-		err = d.call(ctx, callTimeout, func(l *libvirt.Libvirt, dom libvirt.Domain) error { return l.DomainAbortJob(dom) })
-		if err != nil && code(err) != libvirt.ErrOperationInvalid {
-			return "", err
+		if time.Since(asked) > askAgain {
+			err = d.call(ctx, callTimeout, func(l *libvirt.Libvirt, dom libvirt.Domain) error { return l.DomainAbortJob(dom) })
+			if err != nil && code(err) != libvirt.ErrOperationInvalid {
+				return "", err
+			}
+			asked, did = time.Now(), "ended a backup job"
 		}
-		ended = "ended a backup job"
 		select {
 		case <-ctx.Done():
 			return "", ctx.Err()
