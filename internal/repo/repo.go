@@ -23,8 +23,9 @@ import (
 )
 
 // packMemory is what all open packs of a repository may take together, in
-// bytes: enough for three streams and one pack on its way to the store.
-const packMemory = 4 * pack.TargetBytes
+// bytes: an open pack and two on their way to the store. More streams share it,
+// and then packs are smaller.
+const packMemory = 3 * pack.TargetBytes
 
 // packsInFlight is how many packs are stored at the same time.
 const packsInFlight = 2
