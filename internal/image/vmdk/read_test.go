@@ -1,10 +1,17 @@
 package vmdk_test
 
 import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
+	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/imagetest"
 	"github.com/backstay/backstay/internal/image/open"
@@ -75,4 +82,113 @@ func TestSamplesReadToTheirHash(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestVariantsByQemu(t *testing.T) {
+	disk := imagetest.NewDisk(6, 9<<20+1536)
+	src := disk.Save(t)
+	for _, o := range []string{
+		"subformat=monolithicSparse", "subformat=monolithicSparse,compat6", "subformat=monolithicSparse,zeroed_grain=on",
+		"subformat=monolithicFlat", "subformat=twoGbMaxExtentSparse", "subformat=twoGbMaxExtentFlat", "subformat=streamOptimized",
+	} {
+		t.Run(o, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "disk.vmdk")
+			imagetest.Qemu(t, "convert", "-f", "raw", "-O", "vmdk", "-o", o, src, path)
+			img, err := openPath(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer img.Close()
+			imagetest.Reader(t, img, disk)
+			if img.Size() != disk.Size() {
+				t.Errorf("%d bytes, want %d", img.Size(), disk.Size())
+			}
+		})
+	}
+	// More than one extent.
+	path := filepath.Join(t.TempDir(), "large.vmdk")
+	for _, o := range []string{"subformat=twoGbMaxExtentSparse", "subformat=twoGbMaxExtentFlat"} {
+		imagetest.Qemu(t, "create", "-f", "vmdk", "-o", o, path, "5G")
+		qemuIO(t, path, "write -P 7 2146435072 3M", "write -P 9 4294966784 1k", "write -P 3 5368708608 512")
+		img, err := openPath(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		imagetest.Reader(t, img, imagetest.QemuRaw(t, path, "vmdk"))
+		img.Close()
+	}
+}
+
+func qemuIO(t *testing.T, path string, commands ...string) {
+	t.Helper()
+	args := []string{"-f", "vmdk"}
+	for _, c := range commands {
+		args = append(args, "-c", c)
+	}
+	if out, err := exec.Command(imagetest.Tool(t, "qemu-io"), append(args, path)...).CombinedOutput(); err != nil || bytes.Contains(out, []byte("failed")) {
+		t.Fatalf("qemu-io %v: %v\n%s", commands, err, out)
+	}
+}
+
+func TestSnapshotChain(t *testing.T) {
+	dir := t.TempDir()
+	path := func(i int) string { return filepath.Join(dir, fmt.Sprintf("disk%d.vmdk", i)) }
+	imagetest.Qemu(t, "create", "-f", "vmdk", path(0), "16M")
+	qemuIO(t, path(0), "write -P 1 0 8M", "write -P 2 15M 1M")
+	imagetest.Qemu(t, "create", "-f", "vmdk", "-b", path(0), "-F", "vmdk", path(1))
+	qemuIO(t, path(1), "write -P 3 1M 1M", "write -P 4 9000k 100k")
+	imagetest.Qemu(t, "create", "-f", "vmdk", "-o", "subformat=monolithicSparse,zeroed_grain=on", "-b", path(1), "-F", "vmdk", path(2))
+	qemuIO(t, path(2), "write -z 1536k 64k", "write -P 5 1600k 10k", "write -P 6 12M 1")
+	img, err := openPath(path(2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	imagetest.Reader(t, img, imagetest.QemuRaw(t, path(2), "vmdk"))
+	depths, kinds := map[int]bool{}, map[image.Kind]bool{}
+	for e, err := range img.Extents(t.Context(), extent.Extent{Len: img.Size()}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		depths[e.Depth], kinds[e.Kind] = true, true
+	}
+	if len(depths) != 3 || len(kinds) != 3 {
+		t.Errorf("depths %v and kinds %v, want three of each", depths, kinds)
+	}
+	// Whoever writes to a parent breaks the chain, and that must be told.
+	qemuIO(t, path(0), "write -P 9 5M 1k")
+	if _, err := openPath(path(2)); !errors.Is(err, fault.ErrCorrupt) {
+		t.Errorf("after a write to the base: %v", err)
+	}
+}
+
+// ESX's COWD extents are nowhere to be had; this one follows the description.
+func TestCOWD(t *testing.T) {
+	const sectors, tables = 8192, 2
+	p := make([]byte, 512*(4+1+tables*32))
+	copy(p, "COWD")
+	for i, v := range []uint32{1, 3, sectors, 1, 4, tables} {
+		binary.LittleEndian.PutUint32(p[4+4*i:], v)
+	}
+	disk := make([]byte, sectors*512)
+	table := 5
+	for _, s := range []int{0, 1, 2, 100, 101, 4095, 5000, sectors - 1} {
+		gde := p[4*512+s/4096*4:]
+		if binary.LittleEndian.Uint32(gde) == 0 {
+			binary.LittleEndian.PutUint32(gde, uint32(table))
+			table += 32
+		}
+		gte := p[int(binary.LittleEndian.Uint32(gde))*512+s%4096*4:]
+		binary.LittleEndian.PutUint32(gte, uint32(len(p)/512))
+		for i := range 512 {
+			disk[s*512+i] = byte(s + i)
+		}
+		p = append(p, disk[s*512:(s+1)*512]...)
+	}
+	text := "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"vmfsSparse\"\nRW 8192 VMFSSPARSE \"x-delta.vmdk\"\n"
+	img, err := openBytes([]byte(text), &fakeDir{files: map[string][]byte{"x-delta.vmdk": p}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	imagetest.Reader(t, img, bytes.NewReader(disk))
 }
