@@ -223,7 +223,7 @@ func (l *Libvirt) writeConfig() error {
 func (l *Libvirt) startDaemon(ctx context.Context) error {
 	pidFile := filepath.Join(l.dir, "libvirtd.pid")
 	os.Remove(pidFile) // of a daemon that was killed
-	l.daemon = exec.Command("nsenter", "--mount", "--target", strconv.Itoa(l.keeper.Process.Pid), "--",
+	l.daemon = exec.Command("nsenter", "--mount", "--root", "--target", strconv.Itoa(l.keeper.Process.Pid), "--",
 		"libvirtd", "-f", "/etc/libvirt/libvirtd.conf", "-p", pidFile)
 	l.daemon.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	said, err := os.OpenFile(filepath.Join(l.dir, "log/libvirtd.out"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
