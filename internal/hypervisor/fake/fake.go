@@ -158,8 +158,8 @@ func (v *VM) Resize(id vm.DiskID, sizeBytes int64) {
 	})
 }
 
-// Lie makes change tracking miss all writes to e from now on; an empty extent
-// makes it honest again.
+// Lie makes change tracking miss all writes to e from now on, and growth into
+// it; an empty extent makes it honest again.
 func (v *VM) Lie(id vm.DiskID, e extent.Extent) {
 	v.change(id, func(d *disk) extent.Extent { d.hidden = extent.NewSet(e); return extent.Extent{} })
 }

@@ -111,7 +111,8 @@ func (s *session) hold(d *disk, info vm.Disk, o hypervisor.Options) *heldDisk {
 		held.mode = point.Incremental
 		held.changed = cloneSets(c.changed)[d.id]
 		if grown := d.now.size - c.size[d.id]; grown > 0 {
-			held.changed.Add(extent.Extent{Off: c.size[d.id], Len: grown})
+			tail := extent.NewSet(extent.Extent{Off: c.size[d.id], Len: grown})
+			held.changed = held.changed.Union(tail.Subtract(d.hidden))
 		}
 	}
 	return held
