@@ -1,0 +1,63 @@
+package repo
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/backstay/backstay/internal/blob/file"
+	"github.com/backstay/backstay/internal/repo/internal/manifest"
+)
+
+// A reader that was written from docs/format in another language restores what
+// we stored, through a differential and without our index.
+func TestAStrangerRestores(t *testing.T) {
+	for _, probe := range [][]string{{"python3", "-c", "import sys; sys.argv = ['', '']; sys.path.insert(0, '../../docs/format'); import restore"}, {"zstd", "--version"}} {
+		if out, err := exec.Command(probe[0], probe[1:]...).CombinedOutput(); err != nil {
+			if os.Getenv("BACKSTAY_MAY_NOT_SKIP") == "1" {
+				t.Fatalf("%s: %v: %s", probe[0], err, out)
+			}
+			t.Skipf("%s does not work here: %v", strings.Join(probe, " "), err)
+		}
+	}
+	dir := filepath.Join(t.TempDir(), "repo")
+	st, err := file.Create(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	mustInit(t, st)
+	r := mustOpen(t, st)
+	// Five pages, so that a change of one is a differential.
+	a := make([]byte, (4*manifest.Positions+2)*testChunk+999)
+	for _, at := range []int64{0, 1030, 2050, 3080} {
+		copy(a[at*testChunk:], text(uint64(at), 3000))
+	}
+	copy(a[int64(len(a))-999:], noise(5, 999))
+	b := bytes.Clone(a)
+	copy(b[1030*testChunk+5:], noise(6, 100))
+	p := mustBackup(t, r, "web01", a, nil, nil)
+	q := mustBackup(t, r, "web01", b, p, a)
+	d, err := r.OpenDisk(bg, q.Disks[0].Manifest)
+	if err != nil || d.base == nil {
+		t.Fatalf("no differential: %v", err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "idx")); err != nil {
+		t.Fatal(err)
+	}
+	for ref, want := range map[string][]byte{p.Ref(): a, q.Ref(): b} {
+		out := filepath.Join(t.TempDir(), "disk.raw")
+		cmd := exec.Command("python3", "../../docs/format/restore.py", dir, ref, "vda", out)
+		cmd.Env = append(os.Environ(), "BACKSTAY_PASSWORD="+string(password.Reveal()))
+		if msg, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, msg)
+		}
+		got, err := os.ReadFile(out)
+		if err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: what came back differs: %v", ref, err)
+		}
+	}
+}
