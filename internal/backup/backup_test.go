@@ -17,6 +17,7 @@ import (
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor/fake"
 	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo"
 	"github.com/backstay/backstay/internal/vm"
 )
 
@@ -326,6 +327,10 @@ func TestSeveralVMs(t *testing.T) {
 	points, err := r.Points(t.Context())
 	if err != nil || len(points) != 4 {
 		t.Errorf("%d points, %v; want 4", len(points), err)
+	}
+	// Nobody who failed is still taken for a writer.
+	if _, err := r.Vacuum(t.Context(), repo.VacuumOptions{}); err != nil {
+		t.Errorf("vacuum afterwards: %v", err)
 	}
 	if most > backup.DefaultDisks {
 		t.Errorf("%d disks were read at once, want %d at most", most, backup.DefaultDisks)
