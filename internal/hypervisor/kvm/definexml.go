@@ -19,8 +19,10 @@ const (
 )
 
 // redefine turns the definition that a restore point keeps into that of a new
-// VM, which may run beside the old one. dropped says in words what of the old
-// one the new one lacks.
+// VM. What only one VM can have, it gets anew or does without; files behind
+// serial ports and fixed ports of consoles stay, so that two that have such
+// can't run at once. dropped says in words what of the old one the new one
+// lacks.
 func redefine(o DefineOptions, nvram string) (x *libvirtxml.Domain, dropped []string, err error) {
 	x = &libvirtxml.Domain{}
 	if err := x.Unmarshal(string(o.DomainXML)); err != nil {

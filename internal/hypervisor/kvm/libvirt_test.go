@@ -67,13 +67,13 @@ type host struct {
 // not.
 func newHost(t *testing.T) *host {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
-	t.Cleanup(cancel)
 	needLibvirt(t)
 	bench.once.Do(func() { bench.err = startBench() })
 	if bench.err != nil {
 		t.Fatal(bench.err)
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	t.Cleanup(cancel)
 	h := &host{T: t, ctx: ctx, lab: bench.lab, web: bench.web}
 	h.Driver = h.open(t.TempDir())
 	return h
@@ -102,7 +102,7 @@ func needLibvirt(t *testing.T) {
 }
 
 func startBench() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute) // other labs may have to end first
 	defer cancel()
 	dir, err := os.MkdirTemp("", "bskvm")
 	if err != nil {
