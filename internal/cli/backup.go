@@ -185,7 +185,7 @@ func (a *app) reportBackups(results []backup.Result) error {
 			if !a.json {
 				a.printResult(r)
 			}
-			if len(r.Lied) > 0 {
+			if len(r.Lied) > 0 || r.Damage != nil {
 				code = worse(code, exitCorrupt)
 			}
 			if len(r.Warnings) > 0 || len(r.Point.Unprotected) > 0 {
@@ -230,6 +230,9 @@ func (a *app) printResult(r backup.Result) {
 	for _, id := range r.Suspect {
 		fmt.Fprintf(a.stdout, "  SUSPECT: %s/%s rests on that tracking\n", vm.EscapeName(r.VM), id)
 	}
+	if r.Damage != nil {
+		fmt.Fprintf(a.stdout, "  DAMAGE found in the repository, and read around: %v\n", r.Damage)
+	}
 	for _, w := range r.Warnings {
 		fmt.Fprintf(a.stdout, "  warning: %s\n", w)
 	}
@@ -241,6 +244,7 @@ type backupJSON struct {
 	VM          string      `json:"vm"` // also of a VM that failed
 	SizeBytes   int64       `json:"size_bytes"`
 	Error       string      `json:"error,omitempty"`
+	Damage      string      `json:"damage,omitempty"` // of the repository, found on the way
 	Lied        []vm.DiskID `json:"tracking_lied,omitempty"`
 	NewSuspects []point.ID  `json:"new_suspects,omitempty"`
 	AllWarnings []string    `json:"warnings,omitempty"`
@@ -256,6 +260,9 @@ func resultJSON(r backup.Result) backupJSON {
 	}
 	if r.Point != nil {
 		out.SizeBytes = r.Point.SizeBytes()
+	}
+	if r.Damage != nil {
+		out.Damage = r.Damage.Error()
 	}
 	if r.Err != nil {
 		out.Error = r.Err.Error()
