@@ -106,7 +106,8 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 			return nil, fmt.Errorf("a VHD with blocks of %d bytes: take a power of two, best 2 MiB", o.BlockBytes)
 		}
 		w.dynamic(o.BlockBytes)
-		if stride := w.place(w.end+w.header.blockBytes) - w.end; w.header.entries*stride > (absent-1)*sectorBytes-w.end {
+		// The table counts sectors in 32 bits, and bitmaps take room too.
+		if n := w.header.entries * (w.header.blockBytes + int64(len(w.bitmap)) + dataAlign); n > (absent-1)*sectorBytes-w.end {
 			return nil, fmt.Errorf("a VHD of %d bytes needs larger blocks than %d bytes", size, o.BlockBytes)
 		}
 		if o.Parent != "" {

@@ -181,7 +181,7 @@ func readRegions(r io.ReaderAt, name string, end int64, h header) (table, metada
 		e := p[16+32*i:][:32]
 		id := guid(e[:16])
 		off, bytes := binary.LittleEndian.Uint64(e[16:]), int64(binary.LittleEndian.Uint32(e[24:]))
-		if off%mib != 0 || bytes%mib != 0 || bytes == 0 || off > uint64(end) || int64(off) > end-bytes {
+		if off%mib != 0 || bytes == 0 || off > uint64(end) || int64(off) > end-bytes {
 			return bad("region %s of %d bytes at %d in a file of %d", id, bytes, off, end)
 		}
 		reg := region{int64(off), bytes}

@@ -86,16 +86,63 @@ func TestWriter(t *testing.T) {
 	}
 	imagetest.Writer(t, w)
 	w.Sizes = nil
-	w.Variants = []image.CreateOptions{{Variant: "fixed"}, {Variant: "dynamic", BlockBytes: 1 << 20}, {BlockBytes: 256 << 20}}
+	w.Variants = []image.CreateOptions{{Variant: "fixed"}}
 	imagetest.Writer(t, w)
-	w.Qemu = "" // it reads every byte of a large disk, and no 4 KiB sectors at all
-	w.Sizes = []int64{5 << 40, MaxBytes}
-	w.Variants = []image.CreateOptions{{}}
-	imagetest.Writer(t, w)
+	w.Qemu = "" // no 4 KiB sectors
 	w.SizeUnit = 4096
-	w.Sizes = []int64{100 << 30}
-	w.Variants = []image.CreateOptions{{SectorBytes: 4096}, {SectorBytes: 4096, Variant: "fixed"}}
+	w.Variants = []image.CreateOptions{{SectorBytes: 4096}}
 	imagetest.Writer(t, w)
+}
+
+// What would take qemu-img long, because it reads every byte of a VHDX.
+func TestLargeDisks(t *testing.T) {
+	for _, o := range []image.CreateOptions{
+		{VirtualBytes: MaxBytes},
+		{VirtualBytes: 5<<40 + 512, BlockBytes: 1 << 20},
+		{VirtualBytes: 5<<40 + 512, BlockBytes: 256 << 20},
+		{VirtualBytes: 100 << 30, Variant: "fixed"},
+		{VirtualBytes: 100 << 30, SectorBytes: 4096, BlockBytes: 1 << 20},
+	} {
+		disk := imagetest.NewDisk(1, o.VirtualBytes)
+		path := filepath.Join(t.TempDir(), "disk.vhdx")
+		write(t, path, disk, o)
+		img, err := openPath(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		imagetest.Reader(t, img, disk)
+		if t.Failed() {
+			t.Fatalf("%+v", o)
+		}
+		img.Close()
+	}
+}
+
+func TestCreateRefuses(t *testing.T) {
+	for name, o := range map[string]image.CreateOptions{
+		"over 64 TiB":                 {VirtualBytes: MaxBytes + 1},
+		"a negative size":             {VirtualBytes: -1},
+		"a variant of another format": {Variant: "streamOptimized"},
+		"compression":                 {Compression: "zstd"},
+		"odd blocks":                  {BlockBytes: 3 << 20},
+		"blocks of 512 KiB":           {BlockBytes: 512 << 10},
+		"sectors of 520 bytes":        {SectorBytes: 520},
+		"a differencing disk alone":   {Variant: "differencing"},
+		"a parent that is unknown":    {Parent: "x.vhdx"},
+		"a parent of another format":  {Parent: "x.vhd", ParentInfo: &image.Info{Format: image.VHD}},
+		"a parent of another size":    {Parent: "x.vhdx", ParentInfo: &image.Info{Format: image.VHDX, Identity: guid{1}.String(), VirtualBytes: 512, SectorBytes: 512}},
+		"a parent with other sectors": {SectorBytes: 4096, Parent: "x.vhdx", ParentInfo: &image.Info{Format: image.VHDX, Identity: guid{1}.String(), SectorBytes: 512}},
+	} {
+		path := filepath.Join(t.TempDir(), "disk.vhdx")
+		w, err := Create(path, o)
+		if err == nil {
+			w.Close()
+			t.Errorf("%s is accepted", name)
+		}
+		if _, there := os.Stat(path); there == nil && err != nil {
+			t.Errorf("%s leaves a file", name)
+		}
+	}
 }
 
 // A second reader that is not qemu-img. It takes only disks of whole eight
