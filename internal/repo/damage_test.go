@@ -319,3 +319,29 @@ func TestADamagedRecordLeavesTheOthers(t *testing.T) {
 		t.Errorf("vacuum while a point is unreadable: %v", err)
 	}
 }
+
+func TestSuspectPoints(t *testing.T) {
+	st, r := newRepo(t)
+	p := mustBackup(t, r, "web01", noise(1, 100), nil, nil)
+	if err := r.MarkSuspect(bg, "web01", p.ID, "tracking lied"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := mustOpen(t, st).Point(bg, "web01", "")
+	if err != nil || got.Suspect != "tracking lied" {
+		t.Errorf("%q, %v", got.Suspect, err)
+	}
+	names, _ := blobtest.Names(bg, st, suspectPrefix)
+	st.Damage(names[0], func(d []byte) []byte { d[20] ^= 1; return d })
+	if got, err = r.Point(bg, "web01", ""); err != nil || got.Suspect == "" {
+		t.Errorf("with a damaged note: %q, %v", got.Suspect, err)
+	}
+	if err := r.DeletePoint(bg, "web01", p.ID); err != nil || count(t, st, suspectPrefix) != 0 {
+		t.Errorf("delete left the note: %v", err)
+	}
+	if err := r.DeletePoint(bg, "web01", p.ID); !errors.Is(err, fault.ErrNotFound) {
+		t.Errorf("deleted twice: %v", err)
+	}
+	if err := r.MarkSuspect(bg, "web01", p.ID, "x"); !errors.Is(err, fault.ErrNotFound) {
+		t.Errorf("mark what is gone: %v", err)
+	}
+}

@@ -169,26 +169,27 @@ func (r *Repository) eachRecord(ctx context.Context, fn func(name string, rec *r
 	return nil
 }
 
-// suspects reads the notes of all points that have one.
+// suspects reads the notes of all points that have one. A note that cannot be
+// read still makes its point suspect.
 func (r *Repository) suspects(ctx context.Context) (map[string]string, error) {
 	why := map[string]string{}
 	for o, err := range r.st.List(ctx, suspectPrefix) {
 		if err != nil {
 			return nil, err
 		}
+		name := strings.TrimPrefix(o.Name, suspectPrefix)
 		b, err := readObject(ctx, r.st, o.Name)
 		if errors.Is(err, fault.ErrNotFound) {
 			continue
 		}
-		if err != nil {
-			return nil, err
+		var secret []byte
+		if err == nil {
+			var c struct{}
+			secret, err = object.DecodeSealed(o.Name, b, &r.keys.Meta, object.Binding{Repo: r.id, Name: o.Name}, &c)
 		}
-		var c struct{}
-		secret, err := object.DecodeSealed(o.Name, b, &r.keys.Meta, object.Binding{Repo: r.id, Name: o.Name}, &c)
-		if err != nil {
-			return nil, err
+		if why[name] = string(secret); err != nil {
+			why[name] = "there is a note that cannot be read: " + err.Error()
 		}
-		why[strings.TrimPrefix(o.Name, suspectPrefix)] = string(secret)
 	}
 	return why, nil
 }
