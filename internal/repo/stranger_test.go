@@ -15,7 +15,12 @@ import (
 // A reader that was written from docs/format in another language restores what
 // we stored, through a differential and without our index.
 func TestAStrangerRestores(t *testing.T) {
-	for _, probe := range [][]string{{"python3", "-c", "import sys; sys.argv = ['', '']; sys.path.insert(0, '../../docs/format'); import restore"}, {"zstd", "--version"}} {
+	// Debian's own Python has Debian's packages, whichever comes first in PATH.
+	python := "/usr/bin/python3"
+	if _, err := os.Stat(python); err != nil {
+		python = "python3"
+	}
+	for _, probe := range [][]string{{python, "-c", "import sys; sys.argv = ['', '']; sys.path.insert(0, '../../docs/format'); import restore"}, {"zstd", "--version"}} {
 		if out, err := exec.Command(probe[0], probe[1:]...).CombinedOutput(); err != nil {
 			if os.Getenv("BACKSTAY_MAY_NOT_SKIP") == "1" {
 				t.Fatalf("%s: %v: %s", probe[0], err, out)
@@ -50,7 +55,7 @@ func TestAStrangerRestores(t *testing.T) {
 	}
 	for ref, want := range map[string][]byte{p.Ref(): a, q.Ref(): b} {
 		out := filepath.Join(t.TempDir(), "disk.raw")
-		cmd := exec.Command("python3", "../../docs/format/restore.py", dir, ref, "vda", out)
+		cmd := exec.Command(python, "../../docs/format/restore.py", dir, ref, "vda", out)
 		cmd.Env = append(os.Environ(), "BACKSTAY_PASSWORD="+string(password.Reveal()))
 		if msg, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, msg)
