@@ -32,7 +32,7 @@ const (
 	headerBytes     = 512
 	maxGrain        = 16 << 20 // bytes
 	maxPackedGrain  = 4 << 20  // bytes of a compressed grain's content: it is decoded in memory
-	maxTableEntries = 1 << 16
+	maxTableEntries = 512      // VMware writes 512, always
 )
 
 // A header is the first sector of a hosted sparse extent, or its copy in the
