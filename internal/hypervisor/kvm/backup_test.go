@@ -16,7 +16,7 @@ func TestFullThenIncremental(t *testing.T) {
 	h := newHost(t)
 	h.up()
 	h.reset()
-	first := h.backup(repoA, nil, hypervisor.Options{Consistency: vm.RequireApplication})
+	first := h.backup(repoA, nil, hypervisor.Options{Consistency: vm.RequireApplication, FreezeLimit: patient})
 	h.wantModes(first, "vda full (first backup), vdb full (first backup), vdc full (first backup)")
 	if first.Grade() != vm.GradeApplication || first.FrozenFor() <= 0 {
 		t.Errorf("grade %s, frozen for %v", first.Grade(), first.FrozenFor())
@@ -35,7 +35,7 @@ func TestFullThenIncremental(t *testing.T) {
 	h.wantClean(first.checkpoint())
 
 	h.write("vdb", 5<<20, 512, 2)
-	second := h.backup(repoA, first, hypervisor.Options{Consistency: vm.RequireApplication})
+	second := h.backup(repoA, first, hypervisor.Options{Consistency: vm.RequireApplication, FreezeLimit: patient})
 	h.wantModes(second, "vda incremental, vdb incremental, vdc compared (raw disks keep no bitmaps: everything is read and compared)")
 	h.wantClean(second.checkpoint())
 	h.ok(second.Commit(h.ctx))

@@ -373,7 +373,9 @@ func (b *beginning) prepare() (begin func(ctx context.Context) error, err error)
 		return nil, err
 	}
 	return func(ctx context.Context) error {
-		return b.dom.once(ctx, beginTimeout, func(l *libvirt.Libvirt, dom libvirt.Domain) error {
+		// Not to be interrupted: a job that begins behind our back is one that
+		// nobody ends.
+		return b.dom.once(context.WithoutCancel(ctx), beginTimeout, func(l *libvirt.Libvirt, dom libvirt.Domain) error {
 			return l.DomainBackupBegin(dom, backup, checkpoint, 0)
 		})
 	}, nil

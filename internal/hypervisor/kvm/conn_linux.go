@@ -24,6 +24,8 @@ import (
 const (
 	callTimeout  = 30 * time.Second
 	beginTimeout = 60 * time.Second
+	// patience is how long a session waits for libvirt to come back.
+	patience = 90 * time.Second
 )
 
 // errLost says that libvirt went away in the middle of a call, which may or
@@ -233,6 +235,9 @@ func (c *conn) do(ctx context.Context, limit time.Duration, f func(l *libvirt.Li
 // again is do for calls that may be repeated: when libvirt goes away in the
 // middle, it waits for its return, until limit.
 func (c *conn) again(ctx context.Context, limit time.Duration, f func(l *libvirt.Libvirt) error) error {
+	if c.patient {
+		limit = max(limit, patience)
+	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	for was := c.patient; ; {

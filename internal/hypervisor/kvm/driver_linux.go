@@ -31,9 +31,8 @@ type Driver struct {
 	exe        string
 	freezeHook bool
 	log        *slog.Logger
-	journal    *journal.Journal
 
-	hostOnce sync.Mutex
+	hostMu   sync.Mutex
 	hostName string
 	hostUUID string
 
@@ -81,8 +80,8 @@ func (d *Driver) Close() error {
 
 // host is the host's name and libvirt's UUID for it.
 func (d *Driver) host(ctx context.Context) (name, uuid string, err error) {
-	d.hostOnce.Lock()
-	defer d.hostOnce.Unlock()
+	d.hostMu.Lock()
+	defer d.hostMu.Unlock()
 	if d.hostUUID != "" {
 		return d.hostName, d.hostUUID, nil
 	}

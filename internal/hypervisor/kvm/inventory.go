@@ -11,15 +11,14 @@ import (
 	"github.com/backstay/backstay/internal/vm"
 )
 
-// A disk is what the domain's XML says of one disk.
+// A diskDef is what the domain's XML says of one disk.
 type diskDef struct {
 	vm.Disk
-	path     string   // file or device on the host; "" where it has none
-	pool     string   // of type='volume', whose path libvirt knows
-	volume   string   //
-	readOnly bool     //
+	path     string // file or device on the host; "" for a volume
+	pool     string // of a disk that is a volume: its path is asked of libvirt
+	volume   string
+	readOnly bool
 	layers   []string // QEMU's node names, top first; only of a running VM
-	chain    []string // files below path, as far as the XML names them
 }
 
 // disks lists what a domain has that may hold data, in its own order. Those
@@ -91,9 +90,6 @@ func (e *diskDef) nodes(x *libvirtxml.DomainDisk) {
 	}
 	for b := x.BackingStore; b != nil && b.Source != nil; b = b.BackingStore {
 		add(max(b.Index, b.Source.Index))
-		if b.Source.File != nil {
-			e.chain = append(e.chain, b.Source.File.File)
-		}
 	}
 }
 

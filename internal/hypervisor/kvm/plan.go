@@ -67,13 +67,12 @@ type decision struct {
 
 // diskFacts are what a decision rests on.
 type diskFacts struct {
-	id        vm.DiskID
-	size      int64
-	format    string
-	oldQcow2  bool
-	readOnly  bool
-	bitmap    tracking // of the checkpoint that the previous point names
-	offReason string   // set when even a good bitmap can't be used now
+	id       vm.DiskID
+	size     int64
+	format   string
+	oldQcow2 bool
+	readOnly bool
+	bitmap   tracking // of the checkpoint that the previous point names
 }
 
 // decide chooses how to read a disk. Every "no" has its reason, and a doubt is
@@ -130,8 +129,6 @@ func decide(f diskFacts, domain, prefix string, prev map[vm.DiskID]hypervisor.Pr
 		d.reason = lost + "the bitmap was not recording"
 	case f.bitmap == bitmapSpread:
 		d.reason = lost + "the bitmap is spread over a chain of images, which can be read only while the VM runs"
-	case f.offReason != "":
-		d.reason = lost + f.offReason
 	default:
 		d.mode, d.base, d.grown = point.Incremental, c.Checkpoint, was.SizeBytes
 	}

@@ -9,7 +9,6 @@ import (
 type node struct {
 	Name    string   `json:"node-name"`
 	File    string   `json:"file"`
-	Driver  string   `json:"drv"`
 	RO      bool     `json:"ro"`
 	Bitmaps []bitmap `json:"dirty-bitmaps"`
 	Image   struct {

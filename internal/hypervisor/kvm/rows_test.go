@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"os/exec"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -39,7 +40,7 @@ func TestQEMUKilled(t *testing.T) {
 	h.wantClean(a.checkpoint())
 	// and one that was saved says that it missed something.
 	h.ok(h.web.Destroy(h.ctx))
-	h.up()
+	h.ok(h.web.Start(h.ctx))
 	h.ok(h.web.Kill(h.ctx))
 	h.up()
 	b := h.backup(repoA, a, hypervisor.Options{})
@@ -90,7 +91,8 @@ func TestDiskResized(t *testing.T) {
 	h.reset()
 	a := h.backup(repoA, nil, hypervisor.Options{})
 	was := a.ids["vdb"].SizeBytes
-	_, err := h.lab.Virsh(h.ctx, "blockresize", "web01", h.lab.Path("vdb.qcow2"), "80M")
+	now := was + 16<<20
+	_, err := h.lab.Virsh(h.ctx, "blockresize", "web01", h.lab.Path("vdb.qcow2"), strconv.FormatInt(now, 10)+"B")
 	h.ok(err)
 	b, err := h.begin(h.Driver, repoA, a, hypervisor.Options{})
 	h.ok(err)
@@ -99,10 +101,10 @@ func TestDiskResized(t *testing.T) {
 		if k.Info().ID != "vdb" {
 			continue
 		}
-		tail := extent.Extent{Off: was, Len: 80<<20 - was}
+		tail := extent.Extent{Off: was, Len: now - was}
 		changed, err := k.Changed(h.ctx, tail)
 		h.ok(err)
-		if k.Info().SizeBytes != 80<<20 || !changed.Contains(tail) {
+		if k.Info().SizeBytes != now || !changed.Contains(tail) {
 			t.Errorf("size %d, changed in the tail %v", k.Info().SizeBytes, changed.List())
 		}
 	}
@@ -313,6 +315,26 @@ func TestScratchLimit(t *testing.T) {
 	h.write("vdb", 0, 4096, 15)
 	h.ok(a.Abort(h.ctx))
 	h.wantClean()
+}
+
+// A disk that only the definition makes read-only is read, and not tracked.
+func TestReadOnlyDisk(t *testing.T) {
+	h := newHost(t)
+	h.up()
+	h.reset()
+	h.image("ro.qcow2", "-f", "qcow2")
+	_, err := h.lab.Virsh(h.ctx, "attach-disk", "web01", h.lab.Path("ro.qcow2"), "vdd", "--targetbus", "virtio", "--driver", "qemu",
+		"--subdriver", "qcow2", "--mode", "readonly", "--live")
+	h.ok(err)
+	a := h.backup(repoA, nil, hypervisor.Options{})
+	h.wantModes(a, "vda full (first backup), vdb full (first backup), vdc full (first backup), vdd full (first backup)")
+	h.wantModes(h.backup(repoA, a, hypervisor.Options{}), incremental+rawAgain+", vdd compared ("+reasonReadOnly+")")
+	_, err = h.lab.Virsh(h.ctx, "detach-disk", "web01", "vdd", "--live")
+	h.ok(err)
+	h.wait("vdd to go", func() bool {
+		text, err := h.web.DomainXML(h.ctx)
+		return err == nil && !strings.Contains(text, "ro.qcow2")
+	})
 }
 
 func TestExcludedDisk(t *testing.T) {
