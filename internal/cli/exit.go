@@ -9,6 +9,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/open"
 )
 
 // Exit codes. Scripts depend on them: add, never change.
@@ -121,7 +122,9 @@ func hints(err error, cmd *cobra.Command) []string {
 	case errors.Is(err, fault.ErrConsistency):
 		out = append(out, "install and start the guest agent, or allow a lower grade with --consistency")
 	case errors.Is(err, image.ErrNotAllowed):
-		out = append(out, "put the named file beside the image; nothing else is opened on an image's word")
+		out = append(out, `it builds on another file, which no image may name on its own; make one image of both with "backstay image convert --parents"`)
+	case errors.Is(err, open.ErrFormat):
+		out = append(out, "say what it is with --format")
 	case errors.Is(err, fault.ErrUnsupported):
 		out = append(out, "a newer version of backstay may be able to")
 	}
