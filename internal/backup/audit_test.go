@@ -176,7 +176,7 @@ func TestAuditSampleIsRandom(t *testing.T) {
 		}
 		return b.String()
 	}
-	if sample(7) != sample(7) {
+	if first, again := sample(7), sample(7); first != again {
 		t.Error("one seed gave two samples")
 	}
 	if !strings.Contains(log.String(), "seed=7") {

@@ -57,13 +57,16 @@ func (r *reader) run(ctx context.Context) (point.Disk, error) {
 	start := r.Now()
 	d := point.Disk{Disk: r.info, ChangeID: r.src.ChangeID()}
 	d.Mode, d.Reason = r.src.Mode()
-	prev, has := r.history.disk(r.info.ID)
+	prev, has := r.history.base(r.info.ID)
 	if err := r.open(ctx, &d, prev, has); err != nil {
 		return d, err
 	}
 	r.Progress.Total(r.info.SizeBytes)
 	if err := r.readAs(ctx, &d, prev.SizeBytes); err != nil {
 		return d, err
+	}
+	if d.ChangeID == prev.ChangeID && (r.lied || !r.previous) {
+		d.ChangeID = "" // it was handed on, and leads to what can't be built on
 	}
 	var err error
 	if d.Manifest, err = r.out.Finish(ctx); err != nil {
@@ -78,7 +81,7 @@ func (r *reader) run(ctx context.Context) (point.Disk, error) {
 
 // open starts the disk in the repository, upon the previous point if there is
 // one that can be read, and settles what the disk's mode is to be called.
-func (r *reader) open(ctx context.Context, d *point.Disk, prev point.Disk, has bool) (err error) {
+func (r *reader) open(ctx context.Context, d *point.Disk, prev base, has bool) (err error) {
 	useless := r.history.useless
 	if has && useless == nil {
 		if r.out, err = r.session.Disk(ctx, r.info.SizeBytes, prev.Manifest); err == nil {
@@ -107,11 +110,9 @@ func (r *reader) open(ctx context.Context, d *point.Disk, prev point.Disk, has b
 // distrust makes of an incremental a comparison where the previous point gives
 // cause, whatever the driver says. Everything that is read whole upon a
 // previous point is compared with it.
-func (r *reader) distrust(d *point.Disk, prev point.Disk) {
-	why := ""
-	if s := r.history.distrusted(); s != "" {
-		why = s
-	} else if r.info.SizeBytes < prev.SizeBytes && d.Mode == point.Incremental {
+func (r *reader) distrust(d *point.Disk, prev base) {
+	why := prev.why
+	if why == "" && r.info.SizeBytes < prev.SizeBytes && d.Mode == point.Incremental {
 		why = fmt.Sprintf("the disk shrank from %d to %d bytes", prev.SizeBytes, r.info.SizeBytes)
 	}
 	if why != "" {

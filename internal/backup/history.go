@@ -137,10 +137,55 @@ func (h *history) newest() *point.RestorePoint {
 	return h.points[len(h.points)-1]
 }
 
-// disk is the newest point's disk of that ID.
-func (h *history) disk(id vm.DiskID) (point.Disk, bool) {
-	if p := h.newest(); p != nil {
-		for _, d := range p.Disks {
+// A base is the point's disk that the next one of that ID is built on.
+type base struct {
+	point.Disk
+	at  int    // of history.points
+	why string // its change tracking must not be believed because of this; "" if it may
+}
+
+// base finds what to build the disk on, if the newest point has it. That is
+// not always the newest point: one that was taken while the VM was off hands
+// on the change ID of the one before, and the bitmap goes on counting from
+// that. A storage snapshot may take disk and bitmap back to before the later
+// point, so bitmap and base belong together only at the point that began to
+// count, the oldest with that change ID.
+func (h *history) base(id vm.DiskID) (base, bool) {
+	newest := len(h.points) - 1
+	d, ok := h.diskAt(newest, id)
+	if !ok {
+		return base{}, false
+	}
+	b := base{Disk: d, at: newest}
+	if d.ChangeID != "" {
+		for i := newest - 1; i >= 0; i-- {
+			older, ok := h.diskAt(i, id)
+			if !ok || older.ChangeID != d.ChangeID {
+				break
+			}
+			b.Disk, b.at = older, i
+		}
+		// Only the backup of a VM that runs begins to count. If the oldest that
+		// is left is another, what the bitmap belongs to was deleted.
+		if s := h.points[b.at].Machine.State; s != "running" && s != "paused" {
+			b.Disk, b.at, b.why = d, newest, "the restore point that change tracking counts from is gone"
+		}
+	}
+	for _, i := range []int{newest, b.at} {
+		if s := h.points[i].Suspect; s != "" {
+			b.why = "the previous restore point is suspect: " + s
+		}
+	}
+	if b.why != "" {
+		b.ChangeID = ""
+	}
+	return b, true
+}
+
+// diskAt is the disk of that ID in point i, if there are both.
+func (h *history) diskAt(i int, id vm.DiskID) (point.Disk, bool) {
+	if i >= 0 {
+		for _, d := range h.points[i].Disks {
 			if d.ID == id {
 				return d, true
 			}
@@ -149,16 +194,8 @@ func (h *history) disk(id vm.DiskID) (point.Disk, bool) {
 	return point.Disk{}, false
 }
 
-// distrusted says why the newest point must not be built on; "" if it may.
-func (h *history) distrusted() string {
-	if p := h.newest(); p != nil && p.Suspect != "" {
-		return "the previous restore point is suspect: " + p.Suspect
-	}
-	return ""
-}
-
-// previous is what the driver is told of the newest point. A suspect point's
-// change IDs are left out, so that everything is read.
+// previous is what the driver is told of the disks' bases. Change IDs that
+// must not be believed are left out, so that everything is read.
 func (h *history) previous() map[vm.DiskID]hypervisor.PreviousDisk {
 	p := h.newest()
 	if p == nil {
@@ -166,27 +203,26 @@ func (h *history) previous() map[vm.DiskID]hypervisor.PreviousDisk {
 	}
 	out := map[vm.DiskID]hypervisor.PreviousDisk{}
 	for _, d := range p.Disks {
-		prev := hypervisor.PreviousDisk{SizeBytes: d.SizeBytes, ChangeID: d.ChangeID}
-		if h.distrusted() != "" {
-			prev.ChangeID = ""
+		if b, ok := h.base(d.ID); ok {
+			out[d.ID] = hypervisor.PreviousDisk{SizeBytes: b.SizeBytes, ChangeID: b.ChangeID}
 		}
-		out[d.ID] = prev
 	}
 	return out
 }
 
 // mark calls every point suspect that rests on the change tracking of disk:
-// the newest ones, back to the last that was read whole, which is good.
+// the newest ones, back to the last that the base rests on and that was read
+// whole, which is good.
 func (h *history) mark(ctx context.Context, disk vm.DiskID, why string) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	b, _ := h.base(disk)
 	for i := len(h.points) - 1; i >= 0; i-- {
 		p := h.points[i]
-		found := false
-		for _, d := range p.Disks {
-			found = found || d.ID == disk && d.Mode == point.Incremental
-		}
-		if !found {
+		if d, ok := h.diskAt(i, disk); !ok || d.Mode != point.Incremental {
+			if i > b.at {
+				continue // nothing rests on it
+			}
 			return nil
 		}
 		if err := h.engine.Repo.MarkSuspect(ctx, h.name, p.ID, why); err != nil {

@@ -54,6 +54,7 @@ type VM struct {
 	checkpoints []*checkpoint
 	made        int // checkpoints ever made
 	current     *session
+	off         bool
 	failBegin   error
 	failCommit  error
 }
@@ -196,6 +197,50 @@ func (v *VM) Crash() {
 	}
 }
 
+// SetOff shuts the VM off, or starts it again. As on KVM, the backup of a VM
+// that is off makes no checkpoint and hands on the change IDs that it was given.
+func (v *VM) SetOff(off bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.off = off
+}
+
+// Save is a snapshot of the storage below the VM; calling what it gives rolls
+// the disks back, and with them the bitmaps that lie in their images.
+func (v *VM) Save() (rollBack func()) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	then := map[vm.DiskID]*content{}
+	for _, d := range v.disks {
+		then[d.id] = d.now.snapshot()
+	}
+	changed := map[*checkpoint]map[vm.DiskID]extent.Set{}
+	for _, c := range v.checkpoints {
+		changed[c] = cloneSets(c.changed)
+	}
+	return func() {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		for _, d := range v.disks {
+			d.now = then[d.id].snapshot()
+		}
+		for _, c := range v.checkpoints {
+			clear(c.changed)
+			for id, set := range changed[c] {
+				c.changed[id] = &set
+			}
+		}
+	}
+}
+
+// ForgetZeros makes zeros of e without tracking it, as when QEMU's disk is
+// shrunk and grown again between two backups.
+func (v *VM) ForgetZeros(id vm.DiskID, e extent.Extent) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.disk(id).now.discard(e)
+}
+
 // Reach sets which grade a snapshot of the VM can reach.
 func (v *VM) Reach(g vm.Grade) {
 	v.mu.Lock()
@@ -267,6 +312,9 @@ func (h *Host) Machines(ctx context.Context) ([]vm.Machine, error) {
 
 func (v *VM) machine() vm.Machine {
 	m := vm.Machine{Name: v.name, Host: v.host.name, HostID: v.host.id, UUID: v.uuid, Hypervisor: "fake", State: "running"}
+	if v.off {
+		m.State = "shut off"
+	}
 	for _, d := range v.disks {
 		m.Disks = append(m.Disks, vm.Disk{ID: d.id, SizeBytes: d.now.size, Format: "fake", Excluded: d.excluded})
 	}

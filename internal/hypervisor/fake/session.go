@@ -60,7 +60,9 @@ func (h *Host) Begin(ctx context.Context, name string, o hypervisor.Options) (hy
 		}
 		s.disks = append(s.disks, s.hold(d, s.machine.Disks[i], o))
 	}
-	v.checkpoints = append(v.checkpoints, s.made)
+	if !v.off {
+		v.checkpoints = append(v.checkpoints, s.made)
+	}
 	v.current = s
 	return s, nil
 }
@@ -87,7 +89,7 @@ func (s *session) freeze(want vm.Consistency) error {
 // hold makes the snapshot of one disk and begins to track it.
 func (s *session) hold(d *disk, info vm.Disk, o hypervisor.Options) *heldDisk {
 	held := &heldDisk{s: s, d: d, info: info, then: d.now.snapshot(), mode: point.Full, loseFrom: d.loseFrom}
-	if !d.untrack {
+	if !d.untrack && !s.v.off {
 		s.made.changed[d.id] = &extent.Set{}
 		s.made.size[d.id] = d.now.size
 		held.change = changeID(s.made.id, d.id)
@@ -109,6 +111,9 @@ func (s *session) hold(d *disk, info vm.Disk, o hypervisor.Options) *heldDisk {
 			break
 		}
 		held.mode = point.Incremental
+		if s.v.off {
+			held.change = prev.ChangeID
+		}
 		held.changed = cloneSets(c.changed)[d.id]
 		if grown := d.now.size - c.size[d.id]; grown > 0 {
 			tail := extent.NewSet(extent.Extent{Off: c.size[d.id], Len: grown})
@@ -139,7 +144,9 @@ func (s *session) Commit(ctx context.Context) error {
 	if s.v.failCommit != nil {
 		return s.v.failCommit
 	}
-	s.v.checkpoints = slices.DeleteFunc(s.v.checkpoints, s.other)
+	if slices.ContainsFunc(s.v.checkpoints, s.itself) {
+		s.v.checkpoints = slices.DeleteFunc(s.v.checkpoints, s.other)
+	}
 	return ctx.Err()
 }
 
