@@ -306,7 +306,7 @@ func (e *engine) readAll(ctx context.Context, res *Result, rs *repo.Session, hs 
 
 	disks := hs.Disks()
 	p.Disks = make([]point.Disk, len(disks))
-	lied := make([]bool, len(disks))
+	lied, lost := make([]bool, len(disks)), make([]int64, len(disks))
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
@@ -323,7 +323,7 @@ func (e *engine) readAll(ctx context.Context, res *Result, rs *repo.Session, hs 
 			if p.Disks[i], err = r.run(ctx); err != nil {
 				cancel(fmt.Errorf("disk %s: %w", r.info.ID, err))
 			}
-			lied[i] = r.lied
+			lied[i], lost[i] = r.lied, r.lost
 		})
 	}
 	wg.Wait()
@@ -336,8 +336,11 @@ func (e *engine) readAll(ctx context.Context, res *Result, rs *repo.Session, hs 
 	if err := context.Cause(ctx); err != nil {
 		return nil, err
 	}
-	for _, d := range p.Disks {
+	for i, d := range p.Disks {
 		p.Stats.Add(d.Stats)
+		if lost[i] > 0 {
+			p.Warnings = append(p.Warnings, fmt.Sprintf("disk %s: %d chunks that tracking called unchanged are zeros now: was the disk shrunk and grown again?", d.ID, lost[i]))
+		}
 	}
 	return p, nil
 }
