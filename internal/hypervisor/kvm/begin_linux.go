@@ -265,8 +265,12 @@ func (b *beginning) online(ctx context.Context, def *libvirtxml.Domain, state li
 	if err != nil {
 		return nil, err
 	}
-	for _, e := range b.defs {
-		f := diskFacts{id: e.ID, size: e.SizeBytes, format: e.Format, readOnly: e.readOnly}
+	for i := range b.defs {
+		e := &b.defs[i]
+		if err := b.resolve(ctx, e); err != nil {
+			return nil, fmt.Errorf("disk %s: %w", e.ID, err)
+		}
+		f := diskFacts{id: e.ID, files: e.files(), size: e.SizeBytes, format: e.Format, readOnly: e.readOnly}
 		if len(e.layers) > 0 {
 			f.oldQcow2 = nodes[e.layers[0]].Image.Specific.Data.Compat == "0.10"
 		}

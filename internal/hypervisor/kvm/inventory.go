@@ -19,6 +19,7 @@ type diskDef struct {
 	volume   string
 	readOnly bool
 	layers   []string // QEMU's node names, top first; only of a running VM
+	below    []string // files of the layers under the top one; only of a running VM
 }
 
 // disks lists what a domain has that may hold data, in its own order. Those
@@ -77,6 +78,12 @@ func (e *diskDef) place(s *libvirtxml.DomainDiskSource) {
 	}
 }
 
+// files are the disk's layers, top first, as the definition of a running VM
+// names them.
+func (e *diskDef) files() []string {
+	return append([]string{e.path}, e.below...)
+}
+
 // nodes fills in the layers: libvirt names QEMU's nodes by the index that it
 // puts into a running domain's XML.
 func (e *diskDef) nodes(x *libvirtxml.DomainDisk) {
@@ -90,6 +97,9 @@ func (e *diskDef) nodes(x *libvirtxml.DomainDisk) {
 	}
 	for b := x.BackingStore; b != nil && b.Source != nil; b = b.BackingStore {
 		add(max(b.Index, b.Source.Index))
+		var under diskDef
+		under.place(b.Source)
+		e.below = append(e.below, under.Source)
 	}
 }
 

@@ -80,11 +80,11 @@ func (s *session) openImages(ctx context.Context) error {
 }
 
 // resolve finds the file of a disk that is a volume of a pool.
-func (s *session) resolve(ctx context.Context, e *diskDef) error {
+func (b *beginning) resolve(ctx context.Context, e *diskDef) error {
 	if e.path != "" {
 		return nil
 	}
-	return s.dom.again(ctx, callTimeout, func(l *libvirt.Libvirt) error {
+	return b.dom.again(ctx, callTimeout, func(l *libvirt.Libvirt) error {
 		pool, err := l.StoragePoolLookupByName(e.pool)
 		if err != nil {
 			return err
@@ -114,12 +114,15 @@ func (s *session) openImage(ctx context.Context, e diskDef) error {
 	base := baseOf(prev)
 	f := diskFacts{id: e.ID, size: e.SizeBytes, format: e.Format, readOnly: e.readOnly,
 		oldQcow2: chain[0].Specific.Data.Compat == "0.10"}
+	for _, i := range chain {
+		f.files = append(f.files, i.Name)
+	}
 	if base != "" {
 		f.bitmap = imageBitmapState(chain, base)
 	}
 	d := &disk{s: s, info: e.Disk, bitmap: "qemu:dirty-bitmap:" + base}
 	d.plan = decide(f, s.dom.uuid(), s.prefix, s.o.Previous, s.have)
-	if d.plan.mode == point.Incremental || f.bitmap == bitmapSpread {
+	if d.plan.mode == point.Incremental || d.plan.reason == reasonSpread {
 		d.change = prev.ChangeID
 	}
 	s.disks = append(s.disks, d)

@@ -3,6 +3,7 @@ package kvm
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 
 	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/point"
@@ -16,6 +17,10 @@ type changeID struct {
 	Domain     string `json:"domain"`
 	Disk       string `json:"disk"`
 	Checkpoint string `json:"checkpoint"` // also the name of the bitmap in the image
+
+	// Files are the disk's layers, top first: a target's name may come to stand
+	// for another disk, whose bitmap of that checkpoint says nothing of this one.
+	Files []string `json:"files,omitempty"`
 }
 
 func (c changeID) String() string {
@@ -43,6 +48,7 @@ const (
 	reasonOldQcow2   = "qcow2 version 2 keeps no bitmaps: everything is read and compared"
 	reasonReadOnly   = "a read-only disk keeps no bitmaps: everything is read and compared"
 	lost             = "change tracking was lost: "
+	reasonSpread     = lost + "the bitmap is spread over a chain of images, which can be read only while the VM runs"
 )
 
 // tracking is what is known of a bitmap on a disk.
@@ -68,6 +74,7 @@ type decision struct {
 // diskFacts are what a decision rests on.
 type diskFacts struct {
 	id       vm.DiskID
+	files    []string // its layers, top first
 	size     int64
 	format   string
 	oldQcow2 bool
@@ -115,6 +122,10 @@ func decide(f diskFacts, domain, prefix string, prev map[vm.DiskID]hypervisor.Pr
 		d.reason = lost + "the previous point is of another VM of that name"
 	case c.Disk != string(f.id):
 		d.reason = lost + "the previous point is of disk " + c.Disk
+	case len(c.Files) == 0:
+		d.reason = lost + "the previous point does not say in which files the disk was"
+	case !sameDisk(c.Files, f.files):
+		d.reason = lost + "the disk was replaced, it was in " + c.Files[0]
 	case len(c.Checkpoint) <= len(prefix) || c.Checkpoint[:len(prefix)] != prefix:
 		d.reason = lost + "the previous checkpoint is another repository's"
 	case f.size < was.SizeBytes:
@@ -128,11 +139,18 @@ func decide(f diskFacts, domain, prefix string, prev map[vm.DiskID]hypervisor.Pr
 	case f.bitmap == bitmapDisabled:
 		d.reason = lost + "the bitmap was not recording"
 	case f.bitmap == bitmapSpread:
-		d.reason = lost + "the bitmap is spread over a chain of images, which can be read only while the VM runs"
+		d.reason = reasonSpread
 	default:
 		d.mode, d.base, d.grown = point.Incremental, c.Checkpoint, was.SizeBytes
 	}
 	return d
+}
+
+// sameDisk says whether two chains of files, top first, can be one disk at two
+// times: a snapshot puts a layer on top of the old one, and a commit makes a
+// lower one the top. Two disks on one base have neither.
+func sameDisk(was, now []string) bool {
+	return len(was) > 0 && len(now) > 0 && (slices.Contains(was, now[0]) || slices.Contains(now, was[0]))
 }
 
 // baseOf is the checkpoint that a previous disk names, "" for none.

@@ -39,8 +39,9 @@ func TestParseSource(t *testing.T) {
 // says so.
 func TestDecide(t *testing.T) {
 	const domain, prefix = "dom-1", "backstay-aaaaaaaa-"
-	good := changeID{1, domain, "vda", prefix + "cp1"}
-	healthy := diskFacts{id: "vda", size: 100, format: "qcow2", bitmap: bitmapHealthy}
+	files := []string{"/i/a", "/i/base"}
+	good := changeID{1, domain, "vda", prefix + "cp1", files}
+	healthy := diskFacts{id: "vda", files: files, size: 100, format: "qcow2", bitmap: bitmapHealthy}
 	with := func(edit func(*diskFacts)) diskFacts {
 		f := healthy
 		edit(&f)
@@ -68,10 +69,15 @@ func TestDecide(t *testing.T) {
 		"never tracked":      {healthy, prev(100, ""), point.Full, reasonNoTracking},
 		"unreadable id":      {healthy, prev(100, "{"), point.Full, lost + "the previous point's change id can't be read"},
 		"newer id":           {healthy, prev(100, `{"v":2,"checkpoint":"x"}`), point.Full, lost + "the previous point's change id can't be read"},
-		"another VM":         {healthy, prev(100, changeID{1, "dom-2", "vda", good.Checkpoint}.String()), point.Full, lost + "the previous point is of another VM of that name"},
-		"another disk":       {healthy, prev(100, changeID{1, domain, "vdb", good.Checkpoint}.String()), point.Full, lost + "the previous point is of disk vdb"},
-		"another repository": {healthy, prev(100, changeID{1, domain, "vda", "backstay-bbbbbbbb-cp1"}.String()), point.Full, lost + "the previous checkpoint is another repository's"},
-		"checkpoint gone":    {healthy, prev(100, changeID{1, domain, "vda", prefix + "cp2"}.String()), point.Full, lost + "libvirt no longer has the checkpoint"},
+		"another VM":         {healthy, prev(100, changeID{1, "dom-2", "vda", good.Checkpoint, files}.String()), point.Full, lost + "the previous point is of another VM of that name"},
+		"another disk":       {healthy, prev(100, changeID{1, domain, "vdb", good.Checkpoint, files}.String()), point.Full, lost + "the previous point is of disk vdb"},
+		"another repository": {healthy, prev(100, changeID{1, domain, "vda", "backstay-bbbbbbbb-cp1", files}.String()), point.Full, lost + "the previous checkpoint is another repository's"},
+		"checkpoint gone":    {healthy, prev(100, changeID{1, domain, "vda", prefix + "cp2", files}.String()), point.Full, lost + "libvirt no longer has the checkpoint"},
+		"swapped":            {with(func(f *diskFacts) { f.files = []string{"/i/b", "/i/base"} }), prev(100, good.String()), point.Full, lost + "the disk was replaced, it was in /i/a"},
+		"snapshot":           {with(func(f *diskFacts) { f.files = []string{"/i/c", "/i/a", "/i/base"} }), prev(100, good.String()), point.Incremental, ""},
+		"committed":          {with(func(f *diskFacts) { f.files = []string{"/i/base"} }), prev(100, good.String()), point.Incremental, ""},
+		"pulled":             {with(func(f *diskFacts) { f.files = []string{"/i/a"} }), prev(100, good.String()), point.Incremental, ""},
+		"id without files":   {healthy, prev(100, changeID{1, domain, "vda", good.Checkpoint, nil}.String()), point.Full, lost + "the previous point does not say in which files the disk was"},
 		"bitmap gone":        {with(func(f *diskFacts) { f.bitmap = bitmapMissing }), prev(100, good.String()), point.Full, lost + "the bitmap is missing from the disk"},
 		"bitmap broken":      {with(func(f *diskFacts) { f.bitmap = bitmapInconsistent }), prev(100, good.String()), point.Full, lost + "the bitmap is inconsistent, because QEMU or the host went down"},
 		"bitmap off":         {with(func(f *diskFacts) { f.bitmap = bitmapDisabled }), prev(100, good.String()), point.Full, lost + "the bitmap was not recording"},
@@ -178,6 +184,9 @@ func TestDisksNotProtectedSayWhy(t *testing.T) {
 		case "vda":
 			if len(d.layers) != 2 || d.layers[0] != "libvirt-4-format" || d.layers[1] != "libvirt-2-format" {
 				t.Errorf("layers %v", d.layers)
+			}
+			if f := d.files(); len(f) != 2 || f[0] != "/i/a.qcow2" || f[1] != "/i/base.qcow2" {
+				t.Errorf("files %v", f)
 			}
 		case "vdf":
 			if d.Format != "raw" {

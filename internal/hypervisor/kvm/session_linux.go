@@ -76,7 +76,7 @@ func (b *beginning) open(ctx context.Context) (*session, error) {
 	for i, e := range b.defs {
 		d := &disk{s: s, info: e.Disk, plan: b.plans[i], bitmap: "qemu:dirty-bitmap:backup-" + string(e.ID)}
 		if d.plan.track {
-			d.change = changeID{1, b.dom.uuid(), string(e.ID), b.checkpoint}.String()
+			d.change = changeID{1, b.dom.uuid(), string(e.ID), b.checkpoint, b.facts[i].files}.String()
 		}
 		err := d.dial(ctx, b.socket)
 		s.disks = append(s.disks, d)
