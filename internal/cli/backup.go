@@ -10,6 +10,7 @@ import (
 
 	"github.com/backstay/backstay/internal/backup"
 	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/hypervisor/kvm"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/repo"
@@ -26,6 +27,9 @@ type backupOptions struct {
 	maxDelta    sizeFlag
 	parallel    int
 	audit       float64
+	parents     bool
+	scratchDir  string
+	freezeHook  bool
 }
 
 func (a *app) backupCmd() *cobra.Command {
@@ -62,6 +66,9 @@ A guest is frozen for a moment through its agent, if it has one:
 	f.DurationVar(&o.freezeLimit, "freeze-limit", 2*time.Second, "thaw the guest after this, whatever happens")
 	f.Var(&o.maxDelta, "max-delta", "stop if the guest overwrites more than this while it is backed up; 0 for no bound")
 	f.IntVar(&o.parallel, "parallel", backup.DefaultVMs, "VMs backed up at once")
+	f.BoolVar(&o.parents, "parents", false, "open parents and data files of image files that lie in or beneath the image's directory")
+	f.StringVar(&o.scratchDir, "scratch-dir", "", "directory on the host for what guests overwrite meanwhile (default /var/lib/libvirt/backstay)")
+	f.BoolVar(&o.freezeHook, "freeze-hook-configured", false, "the guests' agents run a freeze hook, also where the agent does not let that be seen")
 	f.Float64Var(&o.audit, "audit", backup.DefaultAudit*100, "percent of the chunks called unchanged that are re-read and compared; 0 for none")
 	return cmd
 }
@@ -112,7 +119,7 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 	for _, d := range o.exclude {
 		template.Exclude = append(template.Exclude, vm.DiskID(d))
 	}
-	jobs, err := a.imageJobs(ctx, template, files, format)
+	jobs, err := a.imageJobs(template, files, imageInput{format: string(format), parents: o.parents})
 	if err != nil {
 		return err
 	}
@@ -135,7 +142,7 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 	for _, s := range vms {
 		d := drivers[s.host.String()]
 		if d == nil {
-			if d, err = a.openDriver(ctx, s); err != nil {
+			if d, err = a.openKVM(ctx, s, kvm.Options{ScratchDir: o.scratchDir, FreezeHook: o.freezeHook}); err != nil {
 				// The other VMs may live on other hosts.
 				failed = append(failed, backup.Result{VM: s.vm, Job: backup.Job{Name: s.vm, Source: s.text}, Err: fmt.Errorf("back up %s: %w", s.vm, err)})
 				continue
@@ -154,7 +161,27 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 		Repo: r, Level: repo.Level(o.level), VMs: o.parallel, Audit: o.audit / 100, Log: a.log(), Progress: barProgress{bar},
 	}, jobs)...)
 	bar.end()
+	for i := range results {
+		noteUnknownExcludes(&results[i], o.exclude)
+	}
 	return a.reportBackups(results)
+}
+
+// noteUnknownExcludes warns of a disk to be left out that the VM does not
+// have: a slip of the pen backs up what was meant to be left out.
+func noteUnknownExcludes(r *backup.Result, exclude []string) {
+	if r.Point == nil {
+		return
+	}
+	for _, id := range exclude {
+		found := false
+		for _, d := range r.Point.Unprotected {
+			found = found || string(d.ID) == id
+		}
+		if !found {
+			r.Warnings = append(r.Warnings, fmt.Sprintf("--exclude-disk %s: this VM has no such disk", id))
+		}
+	}
 }
 
 type barProgress struct{ *bar }
@@ -172,25 +199,27 @@ func (a *app) reportBackups(results []backup.Result) error {
 				return err
 			}
 		}
-		switch {
-		case r.Err != nil:
+		if len(r.Lied) > 0 || r.Damage != nil {
+			code = worse(code, exitCorrupt)
+		}
+		if r.Err != nil {
 			code = worse(code, exitCode(r.Err))
 			if first == nil {
 				first = r.Err
 			}
+			if !a.json {
+				a.printAlarms(r)
+			}
 			if len(results) > 1 {
 				fmt.Fprintf(a.stderr, "backstay: %v\n", r.Err)
 			}
-		default:
-			if !a.json {
-				a.printResult(r)
-			}
-			if len(r.Lied) > 0 || r.Damage != nil {
-				code = worse(code, exitCorrupt)
-			}
-			if len(r.Warnings) > 0 || len(r.Point.Unprotected) > 0 {
-				code = worse(code, exitWarnings)
-			}
+			continue
+		}
+		if !a.json {
+			a.printResult(r)
+		}
+		if len(r.Warnings) > 0 || len(r.Point.Unprotected) > 0 {
+			code = worse(code, exitWarnings)
 		}
 	}
 	if first == nil {
@@ -198,7 +227,10 @@ func (a *app) reportBackups(results []backup.Result) error {
 		return nil
 	}
 	if len(results) == 1 {
-		return first
+		if code == exitCode(first) {
+			return first
+		}
+		return coded{code: code, err: first}
 	}
 	good := 0
 	for _, r := range results {
@@ -224,17 +256,26 @@ func (a *app) printResult(r backup.Result) {
 	for _, d := range p.Unprotected {
 		fmt.Fprintf(a.stdout, "  %s: NOT PROTECTED: %s\n", d.ID, d.Excluded)
 	}
+	a.printAlarms(r)
+	for _, w := range r.Warnings {
+		fmt.Fprintf(a.stdout, "  warning: %s\n", w)
+	}
+}
+
+// printAlarms tells what nobody may overlook, also of a run that failed.
+func (a *app) printAlarms(r backup.Result) {
+	good := ""
+	if r.Err == nil {
+		good = "; this point was read whole and is good"
+	}
 	for _, id := range r.Lied {
-		fmt.Fprintf(a.stdout, "  ALARM: change tracking of disk %s lied; this point was read whole and is good\n", id)
+		fmt.Fprintf(a.stdout, "  ALARM: change tracking of disk %s lied%s\n", id, good)
 	}
 	for _, id := range r.Suspect {
 		fmt.Fprintf(a.stdout, "  SUSPECT: %s/%s rests on that tracking\n", vm.EscapeName(r.VM), id)
 	}
 	if r.Damage != nil {
 		fmt.Fprintf(a.stdout, "  DAMAGE found in the repository, and read around: %v\n", r.Damage)
-	}
-	for _, w := range r.Warnings {
-		fmt.Fprintf(a.stdout, "  warning: %s\n", w)
 	}
 }
 

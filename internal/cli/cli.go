@@ -103,7 +103,6 @@ Every restore point is a full: it restores alone, whatever was read to make it.`
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.SetHelpCommand(&cobra.Command{Use: "no-help", Hidden: true}) // --help does it
 	f := root.PersistentFlags()
 	f.StringVar(&a.repoURL, "repo", "", "repository: a path (or set BACKSTAY_REPO)")
 	f.StringVar(&a.passwordFile, "password-file", "", "file with the passphrase (or BACKSTAY_PASSWORD_FILE, BACKSTAY_PASSWORD, or a prompt)")

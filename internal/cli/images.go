@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,16 +11,15 @@ import (
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor/images"
 	"github.com/backstay/backstay/internal/image"
-	"github.com/backstay/backstay/internal/image/open"
 	"github.com/backstay/backstay/internal/vm"
 )
 
 // imageJobs makes jobs of image files: one VM of all with --vm, otherwise one
 // each. Every image is opened once beforehand, so that a wrong name or format
 // shows before anything is stored.
-func (a *app) imageJobs(ctx context.Context, template backup.Job, files []source, format image.Format) ([]backup.Job, error) {
+func (a *app) imageJobs(template backup.Job, files []source, in imageInput) ([]backup.Job, error) {
 	opener := func(path string) (image.Image, error) {
-		return open.Open(path, open.Options{Format: format})
+		return in.open(path, false)
 	}
 	seen := map[string]string{}
 	var disks []images.File
@@ -44,9 +42,6 @@ func (a *app) imageJobs(ctx context.Context, template backup.Job, files []source
 		img, err := opener(f.text)
 		if err != nil {
 			return nil, err
-		}
-		if parent := img.Info().Parent; parent != "" {
-			a.log().Debug("image has a parent", "image", f.text, "parent", parent)
 		}
 		img.Close()
 		disks = append(disks, images.File{ID: vm.DiskID(name), Path: f.text})

@@ -27,7 +27,7 @@ type pointLine struct {
 	Time      time.Time `json:"time"`
 	Grade     vm.Grade  `json:"grade"`
 	SizeBytes int64     `json:"size_bytes"`
-	Disks     int       `json:"disks"`
+	Disks     int       `json:"disk_count"`
 	ReadBytes int64     `json:"read_bytes"`
 	NewBytes  int64     `json:"new_bytes"`
 	Stored    int64     `json:"stored_bytes"`
@@ -38,7 +38,7 @@ func (a *app) pointListCmd() *cobra.Command {
 	var vmName string
 	cmd := &cobra.Command{
 		Use:   "list [VM]",
-		Short: "list restore points, oldest first",
+		Short: "list restore points by VM, oldest first",
 		Example: `  backstay point list --repo /srv/backup
   backstay point list web01 --json --repo /srv/backup`,
 		Args: cobra.MaximumNArgs(1),
@@ -47,9 +47,9 @@ func (a *app) pointListCmd() *cobra.Command {
 				if vmName != "" {
 					return usage("name the VM once, as argument or with --vm")
 				}
-				vmName = vm.UnescapeName(args[0])
+				vmName = args[0]
 			}
-			return a.pointList(cmd.Context(), vmName)
+			return a.pointList(cmd.Context(), vm.UnescapeName(vmName))
 		},
 	}
 	cmd.Flags().StringVar(&vmName, "vm", "", "only this VM's")
@@ -62,9 +62,11 @@ func (a *app) pointList(ctx context.Context, name string) error {
 		return err
 	}
 	defer r.Close()
-	points, err := r.Points(ctx)
-	if err != nil {
-		return err
+	// Records that can't be read must not hide the others: in a disaster this
+	// list is where people find out what there is.
+	points, damage := r.Points(ctx)
+	if damage != nil && len(points) == 0 {
+		return damage
 	}
 	if name != "" {
 		points = slices.DeleteFunc(points, func(p *point.RestorePoint) bool { return p.VM != name })
@@ -78,7 +80,7 @@ func (a *app) pointList(ctx context.Context, name string) error {
 				return err
 			}
 		}
-		return nil
+		return damage
 	}
 	if len(points) == 0 {
 		a.say("no restore points yet")
@@ -94,7 +96,8 @@ func (a *app) pointList(ctx context.Context, name string) error {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Ref(), p.Time.Local().Format("2006-01-02 15:04:05"), p.Grade,
 			sizeText(p.SizeBytes()), sizeText(p.Stats.ReadBytes), sizeText(p.Stats.NewBytes), sizeText(p.Stats.StoredBytes), mark)
 	}
-	return w.Flush()
+	w.Flush()
+	return damage
 }
 
 // findPoint opens the repository and the point that ref names.
@@ -132,7 +135,10 @@ func (a *app) pointShowCmd() *cobra.Command {
 			}
 			defer r.Close()
 			if a.json {
-				return a.printJSON(p)
+				return a.printJSON(struct {
+					*point.RestorePoint
+					SizeBytes int64 `json:"size_bytes"`
+				}{p, p.SizeBytes()})
 			}
 			a.printPoint(p)
 			return nil

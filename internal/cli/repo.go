@@ -192,7 +192,7 @@ func (a *app) repoCheck(ctx context.Context, o repo.CheckOptions) error {
 		a.printCheck(rep)
 	}
 	if len(rep.Findings) > 0 {
-		return coded{code: exitCorrupt, hint: "restore points that are not named here are whole; this version does not heal: back the VMs that are hit up into another repository",
+		return coded{code: exitCorrupt, hint: "restore points that are not named here are whole; back up the VMs that are hit again, and check again: what is still named then this version can't heal, and a new repository is safer",
 			err: fmt.Errorf("%s found", plural(int64(len(rep.Findings)), "damaged object"))}
 	}
 	return nil

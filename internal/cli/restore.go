@@ -189,7 +189,7 @@ func (a *app) reportRestore(res restore.PointResult) error {
 }
 
 func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.RestorePoint, dst source, o restore.VMOptions, bar *bar) error {
-	d, err := a.openKVM(ctx, dst)
+	d, err := a.openKVM(ctx, dst, kvm.Options{})
 	if err != nil {
 		return err
 	}

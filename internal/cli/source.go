@@ -44,15 +44,16 @@ func parseSource(s string) (source, error) {
 
 // openDriver connects to the host that s names.
 func (a *app) openDriver(ctx context.Context, s source) (hypervisor.Driver, error) {
-	return a.openKVM(ctx, s)
+	return a.openKVM(ctx, s, kvm.Options{})
 }
 
-func (a *app) openKVM(ctx context.Context, s source) (*kvm.Driver, error) {
+func (a *app) openKVM(ctx context.Context, s source, o kvm.Options) (*kvm.Driver, error) {
 	exe, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	d, err := kvm.Open(ctx, kvm.Options{URI: s.host, StateDir: a.stateDir, Log: a.log(), Exe: exe})
+	o.URI, o.StateDir, o.Log, o.Exe = s.host, a.stateDir, a.log(), exe
+	d, err := kvm.Open(ctx, o)
 	if err != nil {
 		if !errors.Is(err, fault.ErrUnsupported) {
 			err = withHint(err, `is libvirt running, and may this user speak to it? try "virsh -c qemu:///system list"; another socket is named as kvm:///system/NAME?socket=PATH`)

@@ -80,6 +80,10 @@ func (a *app) openRepo(ctx context.Context) (*repo.Repository, error) {
 	key.Passphrase.Wipe()
 	if err != nil {
 		st.Close()
+		if errors.Is(err, fault.ErrKey) {
+			err = withHint(fmt.Errorf("wrong passphrase, or no identity of this repository: %w", err),
+				"check --password-file, BACKSTAY_PASSWORD_FILE, BACKSTAY_PASSWORD or --identity-file; without a key nobody can read this repository")
+		}
 		return nil, fmt.Errorf("repository %s: %w", st, err)
 	}
 	return r, nil

@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -41,7 +40,6 @@ type Libvirt struct {
 	daemon *exec.Cmd
 	ended  chan struct{} // closed when daemon is gone
 
-	mu  sync.Mutex
 	vms map[string]*VM
 }
 

@@ -82,8 +82,16 @@ func (r *Repository) decide(ctx context.Context, o outcome) (outcome, error) {
 		return o, err
 	}
 	err = create(ctx, r.st, outcomePrefix+o.Of, b)
+	if err != nil && !errors.Is(err, fault.ErrExists) {
+		// It may be there and not yet be durable: a store makes sure that what
+		// it calls existing is, so ask once more before believing what is read.
+		err = create(ctx, r.st, outcomePrefix+o.Of, b)
+	}
 	if err == nil {
 		return o, nil
+	}
+	if !errors.Is(err, fault.ErrExists) {
+		return o, err
 	}
 	// A Create that failed may have stored the object nevertheless, and one
 	// that found it there may have been our own, repeated: only the object

@@ -35,9 +35,6 @@ type record struct {
 	point *point.RestorePoint // nil without keys
 }
 
-// session is the ULID of the session that made the record.
-func (rec *record) session() string { id, _, _ := strings.Cut(rec.name, "-"); return id }
-
 func (r *Repository) encodeRecord(name string, p *point.RestorePoint) ([]byte, error) {
 	c := clearRecord{Format: formatVersion, Manifests: []string{}, Records: []string{}}
 	for _, d := range p.Disks {

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -83,7 +82,6 @@ type fakeDisk struct {
 	lose    bool  // drops a chunk without a word
 	during  func(index int64)
 	fetched atomic.Int64 // bytes
-	mu      sync.Mutex
 }
 
 // newDisk has data in the given chunks and holes elsewhere. Chunk 0 is only

@@ -22,6 +22,9 @@ type dirs struct {
 type batch struct {
 	running sync.Mutex // held while syncing
 	next    *round
+	// failed stays: after a sync that failed, the system may call the next one
+	// good although what the first should have written is lost.
+	failed error
 }
 
 type round struct {
@@ -87,7 +90,10 @@ func (d *dirs) sync(dir string) error {
 	d.mu.Lock()
 	b.next = nil
 	d.mu.Unlock()
-	r.err = d.fs.SyncDir(dir)
+	if b.failed == nil {
+		b.failed = d.fs.SyncDir(dir)
+	}
+	r.err = b.failed
 	b.running.Unlock()
 	close(r.done)
 	return r.err

@@ -3,8 +3,10 @@
 //
 // The format is what the caller says. Where the caller says nothing:
 //
-//   - a file called .raw or .img is raw, whatever it holds: its bytes are the
-//     guest's, who may write the head of any format into them;
+//   - a file called .raw is raw, whatever it holds: its bytes are the guest's,
+//     who may write the head of any format into them;
+//   - a file called .img is raw, and refused if it looks like another format:
+//     people call both so, and taking one for the other ruins the disk;
 //   - the extension of another format must agree with the content;
 //   - a file of no such name is what its content says, or raw if that says
 //     nothing; a block device is raw, or refused if its content says otherwise;
@@ -18,6 +20,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -76,21 +79,54 @@ func open(f image.File, path string, o Options) (image.Image, error) {
 		// right name is found out; qcow2 does not.
 		parents = DirResolver{Dir: o.ParentDir, ByBase: format != image.Qcow2}
 	}
+	seen := &files{dir: filepath.Dir(path)}
+	parents = recorder{parents, seen}
 	opener := func(f image.File, format image.Format, parent image.OpenParent) (image.Image, error) {
-		return openAs(f, filepath.Dir(f.Name()), format, image.OpenOptions{Resolver: parents, Parent: parent})
+		return openAs(f, filepath.Dir(f.Name()), format, image.OpenOptions{Resolver: parents, Parent: parent}, seen)
 	}
 	img, err := openAs(f, filepath.Dir(path), format, image.OpenOptions{
 		Resolver: parents, Parent: image.Parents(f, parents, opener),
 		OnlyTop: o.OnlyTop, Snapshot: o.Snapshot,
-	})
-	if err == nil && warning != "" {
-		img = warned{img, warning}
+	}, seen)
+	if err == nil && (warning != "" || len(seen.names) > 0) {
+		img = described{img, warning, seen.names}
 	}
 	return img, err
 }
 
+// files are the names of what was opened for the image in dir.
+type files struct {
+	dir   string
+	names []string
+}
+
+// A recorder is a Resolver that notes what it opened.
+type recorder struct {
+	image.Resolver
+	seen *files
+}
+
+// Resolve opens the file of that name.
+func (r recorder) Resolve(name string) (image.File, error) {
+	f, err := r.Resolver.Resolve(name)
+	if err != nil {
+		return nil, err
+	}
+	path, err := filepath.Rel(r.seen.dir, f.Name())
+	if err != nil {
+		if path, err = filepath.Abs(f.Name()); err != nil {
+			f.Close()
+			return nil, err
+		}
+	}
+	if !slices.Contains(r.seen.names, path) {
+		r.seen.names = append(r.seen.names, path)
+	}
+	return f, nil
+}
+
 // openAs opens f, which lies in dir, as what it was said to be.
-func openAs(f image.File, dir string, format image.Format, o image.OpenOptions) (image.Image, error) {
+func openAs(f image.File, dir string, format image.Format, o image.OpenOptions, seen *files) (image.Image, error) {
 	if o.Snapshot != "" && format != image.Qcow2 {
 		return nil, fmt.Errorf("%s: snapshot %q: %s images have no internal snapshots: %w", f.Name(), o.Snapshot, format, fault.ErrNotFound)
 	}
@@ -111,13 +147,13 @@ func openAs(f image.File, dir string, format image.Format, o image.OpenOptions) 
 		return asImage(vhdx.Open(f, o.Parent))
 	case image.VMDK:
 		// The extents are the disk itself, in several files.
-		o.Resolver = DirResolver{Dir: dir, Plain: true}
+		o.Resolver = recorder{DirResolver{Dir: dir, Plain: true}, seen}
 		return asImage(vmdk.Open(f, o))
 	case "":
 		// A child that does not say what its parent is. The parent's content
 		// is the last thing to ask: its guest could have written it.
 		if format, ok := FormatByName(f.Name()); ok {
-			return openAs(f, dir, format, o)
+			return openAs(f, dir, format, o, seen)
 		}
 		return nil, fmt.Errorf("%s: its child does not say what format it has: %w", f.Name(), ErrFormat)
 	}
@@ -132,15 +168,19 @@ func asImage[I image.Image](img I, err error) (image.Image, error) {
 	return img, nil
 }
 
-// A warned is an image with a warning that it does not know of itself.
-type warned struct {
+// A described is an image with what it does not know of itself.
+type described struct {
 	image.Image
 	warning string
+	files   []string
 }
 
-func (w warned) Info() image.Info {
-	info := w.Image.Info()
-	info.Warnings = append(info.Warnings[:len(info.Warnings):len(info.Warnings)], w.warning)
+func (d described) Info() image.Info {
+	info := d.Image.Info()
+	if d.warning != "" {
+		info.Warnings = append(slices.Clip(info.Warnings), d.warning)
+	}
+	info.Files = slices.Clone(d.files)
 	return info
 }
 
@@ -163,6 +203,8 @@ func detect(f image.File, path string) (format image.Format, warning string, err
 	content := byContent(f)
 	named, known := FormatByName(path)
 	switch {
+	case known && named == image.Raw && len(content) > 0 && strings.EqualFold(filepath.Ext(path), ".img"):
+		return doubt("a file of that name may be raw, but it looks like %s", content[0])
 	case known && named == image.Raw:
 		if len(content) > 0 {
 			warning = fmt.Sprintf("read as raw because of its name, but it looks like %s", content[0])

@@ -26,8 +26,7 @@ func openPath(path string) (image.Image, error) {
 	}
 	dir := open.DirResolver{Dir: filepath.Dir(path), Plain: true}
 	parents := open.DirResolver{Dir: filepath.Dir(path), ByBase: true}
-	var opener func(f image.File, _ image.Format, parent image.OpenParent) (image.Image, error)
-	opener = func(f image.File, _ image.Format, parent image.OpenParent) (image.Image, error) {
+	opener := func(f image.File, _ image.Format, parent image.OpenParent) (image.Image, error) {
 		d, err := vmdk.Open(f, image.OpenOptions{Resolver: dir, Parent: parent})
 		if err != nil {
 			return nil, err

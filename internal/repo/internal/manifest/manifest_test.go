@@ -150,8 +150,10 @@ func TestASpoolMovesToAFile(t *testing.T) {
 	if _, err := s.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) || s.Size() != int64(len(want)) || s.file == nil {
 		t.Errorf("%v", err)
 	}
-	if s.Close() != nil || s.Close() != nil {
-		t.Error("Close")
+	for range 2 {
+		if err := s.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
 	}
 }
 

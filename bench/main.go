@@ -1,0 +1,80 @@
+// Command bench compares backstay with its peers on the same bytes in the same
+// run, and prints medians and ratios:
+//
+//	go run ./bench                    # everything; the running VM needs root and libvirt
+//	go run ./bench -only full,restore # only these
+//	go run ./bench -runs 7 -dir /fast # more runs, another disk
+//
+// It needs restic, borg, qemu-img and zstd; what is missing is left out and
+// said so. Every time is wall time up to the end of a sync of the file system,
+// from a warm page cache.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	var b bench
+	only := flag.String("only", "full,rescan,restore,vm", "comma-separated: full, rescan, restore, vm")
+	flag.StringVar(&b.dir, "dir", filepath.Join(os.TempDir(), "backstay-bench"), "work directory; 40 GiB are needed")
+	flag.IntVar(&b.runs, "runs", 5, "runs of each tool; the median counts")
+	flag.Int64Var(&b.virtual, "virtual", 8<<30, "virtual size of the disk in bytes")
+	flag.Int64Var(&b.files, "files", 4<<30+512<<20, "bytes of real files on it")
+	flag.BoolVar(&b.peers, "peers", true, "run the other tools too")
+	flag.Parse()
+	if err := b.run(ctx, strings.Split(*only, ",")); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+type bench struct {
+	dir            string
+	runs           int
+	virtual, files int64
+	peers          bool
+
+	exe  string // backstay
+	disk string // the raw image
+}
+
+func (b *bench) run(ctx context.Context, cases []string) error {
+	if err := os.MkdirAll(b.dir, 0o755); err != nil {
+		return err
+	}
+	b.exe = filepath.Join(b.dir, "backstay")
+	build := exec.CommandContext(ctx, "go", "build", "-o", b.exe, "github.com/backstay/backstay/cmd/backstay")
+	build.Stderr = os.Stderr
+	if err := build.Run(); err != nil {
+		return fmt.Errorf("go build: %w", err)
+	}
+	for _, c := range cases {
+		var err error
+		switch c {
+		case "full":
+			err = b.full(ctx)
+		case "rescan":
+			err = b.rescan(ctx)
+		case "restore":
+			err = b.restore(ctx)
+		case "vm":
+			err = b.vm(ctx)
+		default:
+			err = fmt.Errorf("no such case")
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", c, err)
+		}
+	}
+	return nil
+}
