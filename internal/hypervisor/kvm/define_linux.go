@@ -96,25 +96,48 @@ func (d *Driver) define(ctx context.Context, o DefineOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	var dom libvirt.Domain
-	err = c.do(ctx, callTimeout, func(l *libvirt.Libvirt) (err error) {
-		dom, err = l.DomainDefineXML(text)
-		return err
-	})
+	id, err := parseUUID(x.UUID)
 	if err != nil {
 		return err
 	}
-	undo = append(undo, func() {
-		ctx, cancel := withTimeout(ctx, endTimeout)
-		defer cancel()
-		c.again(ctx, callTimeout, func(l *libvirt.Libvirt) error {
-			return l.DomainUndefineFlags(dom, libvirt.DomainUndefineNvram|libvirt.DomainUndefineManagedSave)
-		})
-	})
-	if !o.Start {
-		return nil
+	dom := libvirt.Domain{Name: o.Name, UUID: id, ID: -1}
+	if err := ctx.Err(); err != nil {
+		return err
 	}
-	return c.do(ctx, beginTimeout, func(l *libvirt.Libvirt) error { return l.DomainCreate(dom) })
+	// From here on it may be there, whatever we are told: the UUID is ours, so
+	// that what has it is ours to take away.
+	undo = append(undo, func() { c.remove(ctx, dom) })
+	// Neither call is to be interrupted: libvirt would go on without us, and
+	// a VM that starts behind our back runs on disks that are being removed.
+	whole := context.WithoutCancel(ctx)
+	err = c.do(whole, callTimeout, func(l *libvirt.Libvirt) error {
+		_, err := l.DomainDefineXML(text)
+		return err
+	})
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil || !o.Start {
+		return err
+	}
+	err = c.do(whole, beginTimeout, func(l *libvirt.Libvirt) error { return l.DomainCreate(dom) })
+	if err == nil {
+		err = ctx.Err()
+	}
+	return err
+}
+
+// remove stops and undefines a VM of which nobody knows how far its making
+// went.
+func (c *conn) remove(ctx context.Context, dom libvirt.Domain) {
+	ctx, cancel := withTimeout(ctx, endTimeout)
+	defer cancel()
+	c.patient = true
+	// That it does not run is no obstacle, and neither is any other answer.
+	c.again(ctx, callTimeout, func(l *libvirt.Libvirt) error { return l.DomainDestroy(dom) })
+	c.again(ctx, callTimeout, func(l *libvirt.Libvirt) error {
+		return l.DomainUndefineFlags(dom, libvirt.DomainUndefineNvram|libvirt.DomainUndefineManagedSave)
+	})
 }
 
 // definition chooses between the stored definition and a neutral one.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor"
@@ -65,6 +66,28 @@ func TestDefineFromBackup(t *testing.T) {
 	}
 	if dir, err := h.ImageDir(h.ctx); err != nil || !filepath.IsAbs(dir) {
 		t.Errorf("images go to %s: %v", dir, err)
+	}
+}
+
+// Whoever stops a restore gets his disks back: no VM is left that runs on them.
+func TestDefineInterrupted(t *testing.T) {
+	h := newHost(t)
+	h.image("half.qcow2", "-f", "qcow2")
+	half := h.lab.VM("half")
+	defer half.Remove(context.Background())
+	o := DefineOptions{Name: "half", Machine: &vm.Machine{Disks: []vm.Disk{{ID: "a"}}}, Start: true,
+		Disks: map[vm.DiskID]string{"a": h.lab.Path("half.qcow2")}, DiskFormats: map[vm.DiskID]string{"a": "qcow2"}}
+	for wait := 5 * time.Millisecond; wait < time.Second; wait *= 2 {
+		ctx, cancel := context.WithTimeout(h.ctx, wait)
+		err := h.Define(ctx, o)
+		cancel()
+		state, gone := half.State(h.ctx)
+		if (err == nil) != (gone == nil) {
+			t.Fatalf("interrupted after %v: %v, and the VM is %q, %v", wait, err, state, gone)
+		}
+		if err == nil {
+			break // it was faster
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ package kvm
 
 import (
 	"crypto/rand"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -99,6 +100,15 @@ func newUUID() string {
 	rand.Read(u[:]) // never fails
 	u[6], u[8] = u[6]&0x0f|0x40, u[8]&0x3f|0x80
 	return formatUUID(u)
+}
+
+// parseUUID reads what formatUUID writes.
+func parseUUID(s string) (u [16]byte, err error) {
+	b, err := hex.DecodeString(strings.ReplaceAll(s, "-", ""))
+	if len(s) != 36 || err != nil || copy(u[:], b) != len(u) || len(b) != len(u) {
+		return u, fmt.Errorf("%q is no UUID: %w", s, fault.ErrUnsupported)
+	}
+	return u, nil
 }
 
 func formatUUID(u [16]byte) string {

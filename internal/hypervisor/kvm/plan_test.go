@@ -265,3 +265,17 @@ func TestCheckpointPrefix(t *testing.T) {
 		}
 	}
 }
+
+func TestUUID(t *testing.T) {
+	for range 10 {
+		want := newUUID()
+		if u, err := parseUUID(want); err != nil || formatUUID(u) != want {
+			t.Errorf("%s: %x, %v", want, u, err)
+		}
+	}
+	for _, bad := range []string{"", "web01", "11111111-2222-3333-4444-5555555555", "11111111-2222-3333-4444-55555555555g", strings.Repeat("1", 36)} {
+		if _, err := parseUUID(bad); err == nil {
+			t.Errorf("%q was taken for a UUID", bad)
+		}
+	}
+}
