@@ -56,6 +56,9 @@ type beginning struct {
 	taken      time.Time
 	grade      vm.Grade
 	held       time.Duration
+
+	// unsure says that nobody told us whether the job began.
+	unsure bool
 }
 
 // Begin takes a snapshot of a VM: see hypervisor.Driver.
@@ -86,8 +89,15 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 	if err != nil {
 		err = fmt.Errorf("VM %q: %w", name, err)
 		if b.run != nil {
+			var keep func(journal.Entry) bool
+			if b.unsure {
+				if e := b.settle(ctx); e != nil {
+					err = fmt.Errorf("%w; whether the backup job began is not known, the next run looks again: %w", err, e)
+					keep = ofJob
+				}
+			}
 			undoing, cancel := withTimeout(ctx, endTimeout)
-			if _, e := dom.undo(undoing, b.run, nil); e != nil {
+			if _, e := dom.undo(undoing, b.run, keep); e != nil {
 				err = fmt.Errorf("%w; left for the next run to clean up: %w", err, e)
 			}
 			cancel()
@@ -379,10 +389,69 @@ func (b *beginning) prepare() (begin func(ctx context.Context) error, err error)
 	return func(ctx context.Context) error {
 		// Not to be interrupted: a job that begins behind our back is one that
 		// nobody ends.
-		return b.dom.once(context.WithoutCancel(ctx), beginTimeout, func(l *libvirt.Libvirt, dom libvirt.Domain) error {
+		err := b.dom.once(context.WithoutCancel(ctx), beginTimeout, func(l *libvirt.Libvirt, dom libvirt.Domain) error {
 			return l.DomainBackupBegin(dom, backup, checkpoint, 0)
 		})
+		b.unsure = unanswered(err)
+		return err
 	}, nil
+}
+
+// unanswered says whether err leaves open what became of a call.
+func unanswered(err error) bool {
+	return errors.Is(err, errLost) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+}
+
+// ofJob are the entries of what a job that may yet begin would need or make.
+func ofJob(e journal.Entry) bool {
+	return e.Kind == kindJob || e.Kind == kindScratch || e.Kind == kindCheckpoint
+}
+
+// settle waits until a job whose beginning nobody saw is there or is known not
+// to come: ending it before it begins would end nothing. What needs the VM's
+// job has to wait for the call that holds it now.
+func (b *beginning) settle(ctx context.Context) error {
+	ctx, cancel := withTimeout(ctx, endTimeout)
+	defer cancel()
+	patient := b.dom.patient
+	b.dom.patient = true
+	defer func() { b.dom.patient = patient }()
+	for {
+		if on, err := b.dom.active(ctx); err != nil || !on {
+			return gone(err)
+		}
+		if err := b.dom.monitor(ctx, "query-version", nil, nil); err != nil {
+			return err
+		}
+		what, err := b.dom.job(ctx)
+		if err != nil {
+			return err
+		}
+		now, err := b.dom.backupSocket(ctx)
+		if err != nil {
+			return err
+		}
+		if settled(what, now, b.socket) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+// settled says whether ours, the socket of a job that may have begun, has its
+// final place: job is what libvirt is doing, now the socket of its backup.
+func settled(job, now, ours string) bool { return job == "" || now == ours }
+
+// gone makes nothing of the error that a VM is not there any more.
+func gone(err error) error {
+	if errors.Is(err, fault.ErrNotFound) && !errors.Is(err, errNotRunning) {
+		return nil
+	}
+	return err
 }
 
 // describeJob writes the two documents that libvirt wants. Every disk of the

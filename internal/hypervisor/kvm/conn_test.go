@@ -5,6 +5,7 @@ package kvm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"path/filepath"
 	"testing"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/hypervisor/journal"
 )
 
 func TestRemoteHosts(t *testing.T) {
@@ -72,5 +74,33 @@ func TestLibvirtDoesNotAnswer(t *testing.T) {
 	err = c.do(context.Background(), 10*time.Second, func(*libvirt.Libvirt) error { return nil })
 	if !errors.Is(err, errLost) {
 		t.Errorf("a libvirt that hung up: %v", err)
+	}
+}
+
+// A job that may yet begin is not taken for one that is not there.
+func TestJobThatNobodySawBegin(t *testing.T) {
+	for _, c := range []struct {
+		err    error
+		unsure bool
+	}{
+		{nil, false}, {libvirt.Error{Code: uint32(libvirt.ErrOperationTimeout)}, false}, {errNotRunning, false},
+		{errLost, true}, {fmt.Errorf("libvirt did not answer: %w", context.DeadlineExceeded), true},
+	} {
+		if got := unanswered(c.err); got != c.unsure {
+			t.Errorf("%v: unanswered %v", c.err, got)
+		}
+	}
+	for _, c := range []struct {
+		job, now string
+		want     bool
+	}{{"", "", true}, {"a backup", "", false}, {"a backup", "/ours", true}, {"a backup", "/other", false}} {
+		if got := settled(c.job, c.now, "/ours"); got != c.want {
+			t.Errorf("libvirt does %q on %q: settled %v", c.job, c.now, got)
+		}
+	}
+	for kind, kept := range map[string]bool{kindFreeze: false, kindNBD: false, kindJob: true, kindScratch: true, kindCheckpoint: true} {
+		if ofJob(journal.Entry{Kind: kind}) != kept {
+			t.Errorf("%s: kept %v", kind, !kept)
+		}
 	}
 }
