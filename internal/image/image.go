@@ -86,21 +86,25 @@ type Extent struct {
 
 // Info is what people ask of an image.
 type Info struct {
-	Format        Format            `json:"format"`
-	Variant       string            `json:"variant,omitempty"` // "dynamic", "streamOptimized", …
-	Version       int               `json:"version,omitempty"`
-	VirtualBytes  int64             `json:"virtual_bytes"`
-	FileBytes     int64             `json:"file_bytes"`            // length of the file, or of all files of a split image
-	BlockBytes    int64             `json:"block_bytes,omitempty"` // cluster, block or grain
-	SectorBytes   int               `json:"sector_bytes,omitempty"`
-	Compression   string            `json:"compression,omitempty"`
-	Creator       string            `json:"creator,omitempty"`
-	Parent        string            `json:"parent,omitempty"` // as the header names it; empty for none
-	ParentFormat  Format            `json:"parent_format,omitempty"`
-	Identity      string            `json:"identity,omitempty"` // UUID, DataWriteGuid or CID
-	Snapshots     []string          `json:"snapshots,omitempty"`
-	Bitmaps       []string          `json:"bitmaps,omitempty"`
-	Warnings      []string          `json:"warnings,omitempty"`
+	Format       Format   `json:"format"`
+	Variant      string   `json:"variant,omitempty"` // "dynamic", "streamOptimized", …
+	Version      int      `json:"version,omitempty"`
+	VirtualBytes int64    `json:"virtual_bytes"`
+	FileBytes    int64    `json:"file_bytes"`            // length of the file, or of all files of a split image
+	BlockBytes   int64    `json:"block_bytes,omitempty"` // cluster, block or grain
+	SectorBytes  int      `json:"sector_bytes,omitempty"`
+	Compression  string   `json:"compression,omitempty"`
+	Creator      string   `json:"creator,omitempty"`
+	Parent       string   `json:"parent,omitempty"` // as the header names it; empty for none
+	ParentFormat Format   `json:"parent_format,omitempty"`
+	Identity     string   `json:"identity,omitempty"` // UUID, DataWriteGuid or CID
+	Snapshots    []string `json:"snapshots,omitempty"`
+	Bitmaps      []string `json:"bitmaps,omitempty"`
+	Warnings     []string `json:"warnings,omitempty"`
+	// Files are those that the image is read from besides its own: extents,
+	// data files, parents. Names are relative to the image's directory, or
+	// absolute where that can't be. Only image/open knows them.
+	Files         []string          `json:"files,omitempty"`
 	FormatDetails map[string]string `json:"details,omitempty"` // what only one format has
 }
 

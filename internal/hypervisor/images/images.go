@@ -6,8 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -53,8 +56,9 @@ func (d *Driver) Machines(context.Context) ([]vm.Machine, error) {
 // Close does nothing: a Session holds the files.
 func (d *Driver) Close() error { return nil }
 
-// Begin opens the images and notes what they look like, so that Check sees
-// whether somebody wrote to them.
+// Begin opens the images and notes what their files look like, so that Check
+// sees whether somebody wrote to them. A block device that is mounted, or that
+// another program holds for itself, gives fault.ErrLocked.
 func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (hypervisor.Session, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
@@ -90,11 +94,12 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 }
 
 type session struct {
-	driver  *Driver
-	taken   time.Time
-	machine vm.Machine
-	disks   []hypervisor.Disk
-	once    sync.Once
+	driver   *Driver
+	taken    time.Time
+	machine  vm.Machine
+	disks    []hypervisor.Disk
+	warnings []string
+	once     sync.Once
 }
 
 func (s *session) add(f File, o hypervisor.Options) error {
@@ -111,12 +116,22 @@ func (s *session) add(f File, o hypervisor.Options) error {
 	if err != nil {
 		return err
 	}
-	img, err := s.driver.open(f.Path)
+	var held io.Closer
+	if before.Mode()&(fs.ModeDevice|fs.ModeCharDevice) == fs.ModeDevice {
+		if held, err = hold(f.Path); err != nil {
+			return err
+		}
+		s.warnings = append(s.warnings, fmt.Sprintf("%s is a block device, and nobody can tell whether it was written to while it was read", f.Path))
+	}
+	img, watched, err := s.open(f.Path, before)
 	if err != nil {
+		if held != nil {
+			held.Close()
+		}
 		return err
 	}
 	info := vm.Disk{ID: f.ID, SizeBytes: img.Size(), Format: string(img.Info().Format), Source: f.Path}
-	d := &disk{img: img, info: info, before: before, mode: point.Full, reason: "first backup"}
+	d := &disk{img: img, held: held, info: info, watched: watched, mode: point.Full, reason: "first backup"}
 	if prev, ok := o.Previous[f.ID]; ok {
 		d.mode, d.reason = point.Compared, "nothing tracks changes of an image file"
 		if prev.SizeBytes != info.SizeBytes {
@@ -128,13 +143,53 @@ func (s *session) add(f File, o hypervisor.Options) error {
 	return nil
 }
 
+// A watch is one file and what it looked like before it was read.
+type watch struct {
+	path   string
+	before fs.FileInfo
+}
+
+// open opens an image and gives all files that it is read from. Which those
+// are, only the open image tells, and it has read from them by then. So one of
+// several files is opened again when all were looked at.
+func (s *session) open(path string, before fs.FileInfo) (image.Image, []watch, error) {
+	watched := []watch{{path, before}}
+	img, err := s.driver.open(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	files := img.Info().Files
+	if len(files) == 0 {
+		return img, watched, nil
+	}
+	img.Close()
+	for _, name := range files {
+		if !filepath.IsAbs(name) {
+			name = filepath.Join(filepath.Dir(path), name)
+		}
+		before, err := os.Stat(name)
+		if err != nil {
+			return nil, nil, fmt.Errorf("image %s: %w", path, err)
+		}
+		watched = append(watched, watch{name, before})
+	}
+	if img, err = s.driver.open(path); err != nil {
+		return nil, nil, err
+	}
+	if !slices.Equal(img.Info().Files, files) {
+		img.Close()
+		return nil, nil, fmt.Errorf("image %s: %w", path, errChanged)
+	}
+	return img, watched, nil
+}
+
 func (s *session) Machine() vm.Machine          { return s.machine }
 func (s *session) Config() []vm.ConfigFile      { return nil }
 func (s *session) Disks() []hypervisor.Disk     { return s.disks }
 func (s *session) Taken() time.Time             { return s.taken }
 func (s *session) Grade() vm.Grade              { return vm.GradeCrash }
 func (s *session) FrozenFor() time.Duration     { return 0 }
-func (s *session) Warnings() []string           { return nil }
+func (s *session) Warnings() []string           { return s.warnings }
 func (s *session) Commit(context.Context) error { return s.end() }
 func (s *session) Abort(context.Context) error  { return s.end() }
 
@@ -161,16 +216,21 @@ func (s *session) end() error {
 
 func (s *session) closeDisks() {
 	for _, d := range s.disks {
-		d.(*disk).img.Close()
+		d := d.(*disk)
+		d.img.Close()
+		if d.held != nil {
+			d.held.Close()
+		}
 	}
 }
 
 type disk struct {
-	img    image.Image
-	info   vm.Disk
-	before fs.FileInfo
-	mode   point.Mode
-	reason string
+	img     image.Image
+	held    io.Closer // keeps others off; nil for none
+	info    vm.Disk
+	watched []watch
+	mode    point.Mode
+	reason  string
 }
 
 func (d *disk) Info() vm.Disk              { return d.info }
@@ -193,15 +253,24 @@ func (d *disk) ReadAt(p []byte, off int64) (int, error) {
 var errChanged = errors.New("it changed while it was read; shut the VM down, or back it up through its hypervisor")
 
 func (d *disk) unchanged() error {
-	now, err := os.Stat(d.info.Source)
+	for _, w := range d.watched {
+		if err := w.unchanged(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w watch) unchanged() error {
+	now, err := os.Stat(w.path)
 	if err != nil {
-		return fmt.Errorf("image %s: %w", d.info.Source, err)
+		return fmt.Errorf("image %s: %w", w.path, err)
 	}
-	if now.Size() < d.before.Size() {
-		return fmt.Errorf("image %s shrank from %d to %d bytes: %w", d.info.Source, d.before.Size(), now.Size(), errChanged)
+	if now.Size() < w.before.Size() {
+		return fmt.Errorf("image %s shrank from %d to %d bytes: %w", w.path, w.before.Size(), now.Size(), errChanged)
 	}
-	if !now.ModTime().Equal(d.before.ModTime()) || now.Size() != d.before.Size() || !os.SameFile(now, d.before) {
-		return fmt.Errorf("image %s: %w", d.info.Source, errChanged)
+	if !now.ModTime().Equal(w.before.ModTime()) || now.Size() != w.before.Size() || !os.SameFile(now, w.before) {
+		return fmt.Errorf("image %s: %w", w.path, errChanged)
 	}
 	return nil
 }

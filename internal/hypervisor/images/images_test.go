@@ -16,6 +16,7 @@ import (
 	"github.com/backstay/backstay/internal/hypervisor/drivertest"
 	"github.com/backstay/backstay/internal/hypervisor/images"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/open"
 	"github.com/backstay/backstay/internal/image/raw"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
@@ -104,6 +105,30 @@ func TestChangedWhileRead(t *testing.T) {
 				t.Errorf("read behind the new end: %v, want %q", readErr, c.want)
 			}
 		})
+	}
+}
+
+// The bytes of an image may lie in other files than the one that was named.
+func TestExtentChangedWhileRead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk.vmdk")
+	w, err := open.Create(path, image.VMDK, image.CreateOptions{Variant: "monolithicFlat", VirtualBytes: 4 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Finish(); err != nil {
+		t.Fatal(err)
+	}
+	opener := func(path string) (image.Image, error) { return open.Open(path, open.Options{}) }
+	s := begin(t, images.New("web01", []images.File{{ID: "disk.vmdk", Path: path}}, opener), hypervisor.Options{})
+	c := s.(hypervisor.Checker)
+	if err := c.Check(t.Context()); err != nil {
+		t.Fatalf("before anything happened: %v", err)
+	}
+	time.Sleep(20 * time.Millisecond) // the clock of file systems is that coarse
+	flat := strings.TrimSuffix(path, ".vmdk") + "-flat.vmdk"
+	write(t, flat, 1<<20, []byte("x"))
+	if err := c.Check(t.Context()); err == nil || !strings.Contains(err.Error(), flat+": it changed while it was read") {
+		t.Errorf("check: %v", err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/backstay/backstay/internal/image"
@@ -165,5 +166,31 @@ func TestChainOpensOnlyWhenAllowed(t *testing.T) {
 		if _, err := open.Open(top, open.Options{ParentDir: t.TempDir()}); err == nil {
 			t.Errorf("%s: opened a parent outside of the allowed directory", ext)
 		}
+	}
+}
+
+// Whoever watches an image must know all files that it is read from.
+func TestInfoNamesAllFiles(t *testing.T) {
+	dir := t.TempDir()
+	flat := filepath.Join(dir, "flat.vmdk")
+	makeImage(t, flat, image.VMDK, image.CreateOptions{Variant: "monolithicFlat"})
+	base := filepath.Join(dir, "base.qcow2")
+	makeImage(t, base, image.Qcow2, image.CreateOptions{})
+	if err := os.Mkdir(filepath.Join(dir, "sub"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	top := filepath.Join(dir, "sub", "top.qcow2")
+	makeImage(t, top, image.Qcow2, image.CreateOptions{Parent: base, ParentFormat: image.Qcow2})
+	for path, want := range map[string][]string{
+		flat: {"flat-flat.vmdk"}, base: nil, top: {filepath.Join("..", "base.qcow2")},
+	} {
+		img, err := open.Open(path, open.Options{ParentDir: dir})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := img.Info().Files; !slices.Equal(got, want) {
+			t.Errorf("%s: files %q, want %q", path, got, want)
+		}
+		img.Close()
 	}
 }
