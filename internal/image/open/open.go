@@ -3,8 +3,10 @@
 //
 // The format is what the caller says. Where the caller says nothing:
 //
-//   - a file called .raw or .img is raw, whatever it holds: its bytes are the
-//     guest's, who may write the head of any format into them;
+//   - a file called .raw is raw, whatever it holds: its bytes are the guest's,
+//     who may write the head of any format into them;
+//   - a file called .img is raw, and refused if it looks like another format:
+//     people call both so, and taking one for the other ruins the disk;
 //   - the extension of another format must agree with the content;
 //   - a file of no such name is what its content says, or raw if that says
 //     nothing; a block device is raw, or refused if its content says otherwise;
@@ -201,6 +203,8 @@ func detect(f image.File, path string) (format image.Format, warning string, err
 	content := byContent(f)
 	named, known := FormatByName(path)
 	switch {
+	case known && named == image.Raw && len(content) > 0 && strings.EqualFold(filepath.Ext(path), ".img"):
+		return doubt("a file of that name may be raw, but it looks like %s", content[0])
 	case known && named == image.Raw:
 		if len(content) > 0 {
 			warning = fmt.Sprintf("read as raw because of its name, but it looks like %s", content[0])
