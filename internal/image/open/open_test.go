@@ -82,7 +82,9 @@ func TestNamesAgainstContents(t *testing.T) {
 		want    image.Format // empty for doubt
 	}{
 		{"guest.raw", qcow2, "", image.Raw},
-		{"guest.IMG", vhdx, "", image.Raw},
+		{"guest.IMG", vhdx, "", ""},
+		{"guest.IMG", vhdx, image.Raw, image.Raw},
+		{"guest.img", nothing, "", image.Raw},
 		{"guest.raw", vhd, "", image.Raw},
 		{"disk.qcow2", qcow2, "", image.Qcow2},
 		{"disk.vhdx", qcow2, "", ""},
