@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -285,8 +286,15 @@ func (e *engine) readAll(ctx context.Context, res *Result, rs *repo.Session, hs 
 		Machine:   hs.Machine(),
 		Grade:     hs.Grade(),
 		FrozenFor: hs.FrozenFor(),
-		Warnings:  hs.Warnings(),
+		Warnings:  slices.Clone(hs.Warnings()),
 		Config:    map[string]point.Blob{},
+	}
+	if newest := h.newest(); newest != nil && !p.Time.After(newest.Time) {
+		// Points are ordered by time. One that sorted before the point that it
+		// was built on would make the next backup believe the wrong one.
+		p.Warnings = append(p.Warnings, fmt.Sprintf("the clock is behind: it says %s, and the restore point before is of %s; this one is put right after it",
+			p.Time.Format(time.RFC3339), newest.Time.UTC().Format(time.RFC3339)))
+		p.Time = newest.Time.UTC().Add(time.Millisecond)
 	}
 	var random [4]byte
 	rand.Read(random[:])

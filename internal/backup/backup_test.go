@@ -413,6 +413,38 @@ func TestHostFailsAfterTheOutcome(t *testing.T) {
 	}
 }
 
+// A clock that went back must not make an older point the newest.
+func TestClockGoesBack(t *testing.T) {
+	w := memWorld(t, 4*mib)
+	w.vm.Write("vda", 0, noise(1, 4*mib))
+	first := w.backUp()
+	back := func() {
+		w.clock.mu.Lock()
+		defer w.clock.mu.Unlock()
+		w.clock.t = first.Point.Time.Add(-time.Hour)
+	}
+	before := first.Point
+	for i := range 3 {
+		back()
+		w.vm.Write("vda", int64(i)*mib, noise(uint64(i)+2, grain))
+		res := w.backUp()
+		w.wantDisk(res, point.Incremental, "")
+		if !res.Point.Time.After(before.Time) || len(res.Warnings) != 1 || !strings.Contains(res.Warnings[0], "the clock is behind") {
+			t.Errorf("%v after %v, warnings %q", res.Point.Time, before.Time, res.Warnings)
+		}
+		before = res.Point
+	}
+	w.clock.mu.Lock()
+	w.clock.t = before.Time
+	w.clock.mu.Unlock()
+	if res := w.backUp(); len(res.Warnings) > 0 {
+		t.Errorf("the clock is right again: %q", res.Warnings)
+	}
+	if refs := w.verify(w.store); len(refs) != 5 || refs[3] != before.Ref() {
+		t.Errorf("order %q", refs)
+	}
+}
+
 // The store is asked before the guest is touched.
 func TestReadOnlyStoreCostsNoFreeze(t *testing.T) {
 	w := memWorld(t, mib)
