@@ -107,6 +107,23 @@ func (j *Journal) Runs(machine string) ([]*Run, error) {
 	return runs, nil
 }
 
+// Machines are those of which a run left something behind.
+func (j *Journal) Machines() ([]string, error) {
+	list, err := os.ReadDir(j.dir)
+	if err != nil {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	var out []string
+	for _, d := range list {
+		name, ok := strings.CutSuffix(d.Name(), suffix)
+		machine, _, found := strings.Cut(name, "_")
+		if ok && found && !slices.Contains(out, machine) {
+			out = append(out, machine)
+		}
+	}
+	return out, nil
+}
+
 func read(path string) (*Run, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -122,7 +139,7 @@ func read(path string) (*Run, error) {
 			return nil, bad
 		}
 		var l line
-		if err := json.Unmarshal(s.Bytes(), &l); err != nil {
+		if err := parse(s.Bytes(), &l); err != nil {
 			bad = fault.Corrupt("journal "+path, -1, "line %d: %v", n, err)
 			continue
 		}
@@ -132,6 +149,23 @@ func read(path string) (*Run, error) {
 		return nil, fmt.Errorf("journal %s: %w", path, err)
 	}
 	return r, nil
+}
+
+// parse reads a line, and one whose beginning is what is left of a torn one:
+// an older version wrote on behind that.
+func parse(b []byte, l *line) error {
+	err := json.Unmarshal(b, l)
+	if err == nil {
+		return nil
+	}
+	if at := bytes.LastIndex(b, []byte(`{"kind":`)); at > 0 {
+		var whole line
+		if json.Unmarshal(b[at:], &whole) == nil {
+			*l = whole
+			return nil
+		}
+	}
+	return err
 }
 
 func (r *Run) apply(l line) {
@@ -176,10 +210,15 @@ func (r *Run) add(l line) error {
 	if err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}
-	if _, err := r.f.Write(append(b, '\n')); err != nil {
-		return fmt.Errorf("journal: %w", err)
+	_, err = r.f.Write(append(b, '\n'))
+	if err == nil {
+		err = r.f.Sync()
 	}
-	if err := r.f.Sync(); err != nil {
+	if err != nil {
+		// Half a line may be there now, and nothing must be written behind it:
+		// the next line begins with a new file.
+		r.f.Close()
+		r.f = nil
 		return fmt.Errorf("journal: %w", err)
 	}
 	r.apply(l)

@@ -51,6 +51,9 @@ func TestLeftoversAreFound(t *testing.T) {
 	if other, _ := open(t, dir).Runs("m"); len(other) != 0 {
 		t.Errorf("a machine with a shorter name was given %d runs", len(other))
 	}
+	if all, err := open(t, dir).Machines(); err != nil || len(all) != 1 || all[0] != "m1" {
+		t.Errorf("machines %v, %v", all, err)
+	}
 	for _, e := range got {
 		if err := runs[0].Done(e.Kind, e.Name); err != nil {
 			t.Fatal(err)
