@@ -121,6 +121,7 @@ func (b *beginning) session(ctx context.Context) (*session, error) {
 	if err := b.reap(ctx, j); err != nil {
 		return nil, err
 	}
+	b.reapOthers(ctx, j)
 	if b.run, err = j.Begin(b.dom.uuid(), id); err != nil {
 		return nil, err
 	}
@@ -316,7 +317,7 @@ func (b *beginning) online(ctx context.Context, def *libvirtxml.Domain, state li
 
 // scratch makes the run's directory, and sees that there is room.
 func (b *beginning) scratch() error {
-	if err := b.run.Note(journal.Entry{Kind: kindScratch, Name: b.dir}); err != nil {
+	if err := b.run.Note(b.d.entry(kindScratch, b.dir)); err != nil {
 		return err
 	}
 	if err := makeScratch(b.dir, b.owner[0], b.owner[1]); err != nil {
@@ -375,11 +376,11 @@ func (b *beginning) prepare() (begin func(ctx context.Context) error, err error)
 	}
 	if slices.ContainsFunc(b.plans, func(p decision) bool { return p.track }) {
 		b.checkpoint = b.prefix + newUUID()
-		if err := b.run.Note(journal.Entry{Kind: kindCheckpoint, Name: b.checkpoint}); err != nil {
+		if err := b.run.Note(b.d.entry(kindCheckpoint, b.checkpoint)); err != nil {
 			return nil, err
 		}
 	}
-	if err := b.run.Note(journal.Entry{Kind: kindJob, Name: b.socket}); err != nil {
+	if err := b.run.Note(b.d.entry(kindJob, b.socket)); err != nil {
 		return nil, err
 	}
 	backup, checkpoint, err := b.describeJob()

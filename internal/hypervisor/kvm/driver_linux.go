@@ -166,26 +166,45 @@ func (d *Driver) describe(ctx context.Context, dom *domain, state libvirt.Domain
 type lock struct{ f *os.File }
 
 func (d *Driver) lock(dom *domain) (*lock, error) {
+	deadline := time.Now().Add(reapOthersTimeout + 5*time.Second)
+	for again := false; ; again = true { // at least twice: who has just taken it has not written what for
+		l, who, err := d.tryLock(dom, "")
+		switch {
+		case l != nil || err != nil:
+			return l, err
+		case again && !strings.HasSuffix(who, tidying) || time.Now().After(deadline):
+			return nil, fmt.Errorf("VM %q: another backup of it is running (%s): %w", dom.name, who, fault.ErrLocked)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// tidying, after the name of a lock's holder, says that it will be free soon.
+const tidying = ", cleaning up"
+
+// tryLock gives a nil lock and its holder where somebody else has it. what is
+// told to others, after our name.
+func (d *Driver) tryLock(dom *domain, what string) (l *lock, who string, err error) {
 	dir := filepath.Join(d.stateDir, "kvm")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
+		return nil, "", fmt.Errorf("state directory: %w", err)
 	}
 	f, err := os.OpenFile(filepath.Join(dir, dom.uuid()+".lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
+		return nil, "", fmt.Errorf("state directory: %w", err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		defer f.Close()
 		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("lock VM %q: %w", dom.name, err)
+			return nil, "", fmt.Errorf("lock VM %q: %w", dom.name, err)
 		}
-		var who [64]byte
-		n, _ := f.ReadAt(who[:], 0)
-		return nil, fmt.Errorf("VM %q: another backup of it is running (%s): %w", dom.name, strings.TrimSpace(string(who[:n])), fault.ErrLocked)
+		var holder [64]byte
+		n, _ := f.ReadAt(holder[:], 0)
+		return nil, strings.TrimSpace(string(holder[:n])), nil
 	}
 	f.Truncate(0)
-	fmt.Fprintf(f, "process %d\n", os.Getpid())
-	return &lock{f}, nil
+	fmt.Fprintf(f, "process %d%s\n", os.Getpid(), what)
+	return &lock{f}, "", nil
 }
 
 // unlock may be called twice. The file stays: removing it would let two

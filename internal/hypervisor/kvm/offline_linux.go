@@ -19,7 +19,6 @@ import (
 	"libvirt.org/go/libvirtxml"
 
 	"github.com/backstay/backstay/internal/fault"
-	"github.com/backstay/backstay/internal/hypervisor/journal"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
 )
@@ -62,7 +61,7 @@ func (b *beginning) offline(ctx context.Context, def *libvirtxml.Domain, reason 
 
 func (s *session) openImages(ctx context.Context) error {
 	s.taken = time.Now()
-	if err := s.run.Note(journal.Entry{Kind: kindScratch, Name: s.dir}); err != nil {
+	if err := s.run.Note(s.d.entry(kindScratch, s.dir)); err != nil {
 		return err
 	}
 	if err := makeScratch(s.dir, -1, -1); err != nil {
@@ -134,7 +133,7 @@ func (s *session) openImage(ctx context.Context, e diskDef) error {
 	if d.plan.mode == point.Incremental {
 		args = append(args, "--bitmap="+base)
 	}
-	if err := s.run.Note(journal.Entry{Kind: kindNBD, Name: socket}); err != nil {
+	if err := s.run.Note(s.d.entry(kindNBD, socket)); err != nil {
 		return err
 	}
 	server, err := startNBD(ctx, socket, append(args, "--", e.path))
