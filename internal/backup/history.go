@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -78,17 +79,20 @@ func find(ctx context.Context, job Job) (vm.Machine, error) {
 
 // uniqueName is the machine's own name, or NAME@HOST where the repository
 // knows another host's VM by that name already. A VM that moved to another
-// host keeps its UUID and with it its name.
+// host keeps its UUID and with it its name; one without a UUID keeps the name
+// that it has from its host. Points that do not say their host are no
+// stranger's.
 func uniqueName(m vm.Machine, all []*point.RestorePoint) string {
 	qualified := m.Name + "@" + m.Host
-	for i := len(all) - 1; i >= 0; i-- {
-		p := all[i].Machine
-		if m.UUID != "" && p.UUID == m.UUID && (all[i].VM == m.Name || all[i].VM == qualified) {
-			return all[i].VM
+	for _, p := range slices.Backward(all) {
+		same := m.UUID != "" && p.Machine.UUID == m.UUID ||
+			m.UUID == "" && p.Machine.UUID == "" && m.HostID != "" && p.Machine.HostID == m.HostID
+		if same && (p.VM == m.Name || p.VM == qualified) {
+			return p.VM
 		}
 	}
 	for _, p := range all {
-		if p.VM == m.Name && p.Machine.HostID != m.HostID && m.Host != "" {
+		if other := p.Machine.HostID; p.VM == m.Name && other != "" && other != m.HostID && m.Host != "" {
 			return qualified
 		}
 	}

@@ -3,6 +3,7 @@
 package images
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -46,12 +47,27 @@ func New(name string, files []File, open func(path string) (image.Image, error))
 
 // Machines gives the one VM. The images are not opened for it.
 func (d *Driver) Machines(context.Context) ([]vm.Machine, error) {
-	m := vm.Machine{Name: d.name, Hypervisor: "images"}
+	m := d.machine()
 	for _, f := range d.files {
 		m.Disks = append(m.Disks, vm.Disk{ID: f.ID, Source: f.Path})
 	}
 	return []vm.Machine{m}, nil
 }
+
+// machine is the VM without its disks. Its host is this one, so that disks of
+// one name from two hosts are not taken for one.
+func (d *Driver) machine() vm.Machine {
+	m := vm.Machine{Name: d.name, Hypervisor: "images"}
+	m.Host, _ = os.Hostname() // without a name nothing is told apart by it
+	m.HostID = m.Host
+	if id, err := os.ReadFile(machineID); err == nil && len(bytes.TrimSpace(id)) > 0 {
+		m.HostID = string(bytes.TrimSpace(id))
+	}
+	return m
+}
+
+// machineID is the file by which a Linux system knows itself from others.
+const machineID = "/etc/machine-id"
 
 // Close does nothing: a Session holds the files.
 func (d *Driver) Close() error { return nil }
@@ -82,7 +98,7 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 	if d.busy {
 		return nil, fmt.Errorf("VM %s is being backed up: %w", name, fault.ErrLocked)
 	}
-	s := &session{driver: d, taken: time.Now(), machine: vm.Machine{Name: d.name, Hypervisor: "images"}}
+	s := &session{driver: d, taken: time.Now(), machine: d.machine()}
 	for _, f := range d.files {
 		if err := s.add(f, o); err != nil {
 			s.closeDisks()

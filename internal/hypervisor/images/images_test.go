@@ -140,6 +140,24 @@ func TestSeveralFilesAreDisksInOrder(t *testing.T) {
 	}
 }
 
+// Two hosts that back up files of one name must not be taken for one.
+func TestTheHostIsNamed(t *testing.T) {
+	d := images.New("web01", []images.File{{ID: "disk.raw", Path: newFile(t, "disk.raw", 1<<20)}}, openRaw)
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := d.Machines(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range []vm.Machine{list[0], begin(t, d, hypervisor.Options{}).Machine()} {
+		if m.Host != host || m.HostID == "" || strings.TrimSpace(m.HostID) != m.HostID {
+			t.Errorf("host %q, id %q", m.Host, m.HostID)
+		}
+	}
+}
+
 func TestEqualNamesAreRefused(t *testing.T) {
 	a, b := newFile(t, "a.raw", 1<<20), newFile(t, "a.raw", 1<<20)
 	d := images.New("web01", []images.File{{ID: "a.raw", Path: a}, {ID: "a.raw", Path: b}}, openRaw)
