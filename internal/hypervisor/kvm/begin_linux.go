@@ -57,6 +57,8 @@ type beginning struct {
 	grade      vm.Grade
 	held       time.Duration
 
+	live bool // the VM has a QEMU, and what can track tracks from now on
+
 	// unsure says that nobody told us whether the job began.
 	unsure bool
 }

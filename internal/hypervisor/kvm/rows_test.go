@@ -349,6 +349,22 @@ func TestExcludedDisk(t *testing.T) {
 	h.wantModes(h.backup(repoA, a, hypervisor.Options{}), "vda full (new disk), vdb incremental, vdc full (new disk)")
 }
 
+// When no disk is left that can track, the last checkpoint goes, too.
+func TestNothingTracksAnyMore(t *testing.T) {
+	h := newHost(t)
+	h.up()
+	h.reset()
+	a := h.backup(repoA, nil, hypervisor.Options{})
+	h.wantClean(a.checkpoint())
+	raw := hypervisor.Options{Exclude: []vm.DiskID{"vda", "vdb"}}
+	b, err := h.begin(h.Driver, repoA, a, raw)
+	h.ok(err)
+	h.ok(b.Abort(h.ctx))
+	h.wantClean(a.checkpoint())
+	h.wantModes(h.backup(repoA, a, raw), rawAgain)
+	h.wantClean()
+}
+
 func TestNothingThere(t *testing.T) {
 	h := newHost(t)
 	if _, err := h.Begin(h.ctx, "no such VM", hypervisor.Options{RepoID: repoA}); !errors.Is(err, fault.ErrNotFound) || !strings.Contains(err.Error(), `"no such VM"`) {

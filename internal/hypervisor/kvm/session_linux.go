@@ -72,6 +72,7 @@ var _ hypervisor.Disk = (*disk)(nil)
 
 // open dials the exports of the backup job.
 func (b *beginning) open(ctx context.Context) (*session, error) {
+	b.live = true
 	s := &session{beginning: b}
 	for i, e := range b.defs {
 		d := &disk{s: s, info: e.Disk, plan: b.plans[i], bitmap: "qemu:dirty-bitmap:backup-" + string(e.ID)}
@@ -317,7 +318,9 @@ func (s *session) finish(ctx context.Context, commit bool) error {
 		return commit && e.Kind == kindCheckpoint // one that could not be struck off is still good
 	})
 	errs = append(errs, err)
-	if commit && s.checkpoint != "" {
+	// Without a new checkpoint the older ones are the base of nothing any more,
+	// but for a VM that is off: there they still track.
+	if commit && (s.checkpoint != "" || s.live) {
 		errs = append(errs, s.dom.dropCheckpoints(ctx, s.prefix, s.checkpoint))
 	}
 	err = errors.Join(errs...)
