@@ -42,6 +42,7 @@ type beginning struct {
 
 	machine  vm.Machine
 	config   []vm.ConfigFile
+	all      []diskDef
 	defs     []diskDef // the protected ones
 	facts    []diskFacts
 	plans    []decision // one for each of defs
@@ -207,9 +208,8 @@ func (b *beginning) look(ctx context.Context, state libvirt.DomainState) (*libvi
 			if e.SizeBytes, err = b.dom.size(ctx, string(e.ID)); err != nil {
 				return nil, fmt.Errorf("disk %s: %w", e.ID, err)
 			}
-			b.defs = append(b.defs, e)
 		}
-		b.machine.Disks = append(b.machine.Disks, e.Disk)
+		b.add(e)
 	}
 	if len(b.defs) == 0 {
 		return nil, fmt.Errorf("it has no disk that can be backed up: %w", fault.ErrUnsupported)
@@ -231,6 +231,15 @@ func (b *beginning) look(ctx context.Context, state libvirt.DomainState) (*libvi
 		return nil, err
 	}
 	return def, nil
+}
+
+// add takes a disk into account.
+func (b *beginning) add(e diskDef) {
+	b.all = append(b.all, e)
+	b.machine.Disks = append(b.machine.Disks, e.Disk)
+	if e.Excluded == "" {
+		b.defs = append(b.defs, e)
+	}
 }
 
 func readNVRAM(path string) ([]byte, error) {
@@ -465,9 +474,9 @@ func (b *beginning) describeJob() (backup string, checkpoint libvirt.OptString, 
 		Disks:  &libvirtxml.DomainBackupPullDisks{},
 	}
 	points := &libvirtxml.DomainCheckpointDisks{}
-	for _, e := range b.machine.Disks {
-		if strings.HasPrefix(e.Bus, "pci") || strings.HasPrefix(string(e.ID), "hostdev") {
-			continue // no disk to libvirt
+	for _, e := range b.all {
+		if e.hostdev {
+			continue
 		}
 		x := libvirtxml.DomainBackupPullDisk{Name: string(e.ID), Backup: "no"}
 		c := libvirtxml.DomainCheckpointDisk{Name: string(e.ID), Checkpoint: "no"}

@@ -18,6 +18,7 @@ type diskDef struct {
 	pool     string // of a disk that is a volume: its path is asked of libvirt
 	volume   string
 	readOnly bool
+	hostdev  bool     // a device of the host: no disk to libvirt
 	layers   []string // QEMU's node names, top first; only of a running VM
 	below    []string // files of the layers under the top one; only of a running VM
 }
@@ -135,7 +136,7 @@ func unprotected(x *libvirtxml.DomainDisk) string {
 
 // passedThrough shows a host device as a disk if it may hold data.
 func passedThrough(h *libvirtxml.DomainHostdev, n int) (diskDef, bool) {
-	e := diskDef{Disk: vm.Disk{ID: vm.DiskID("hostdev" + strconv.Itoa(n)), Format: "raw"}}
+	e := diskDef{hostdev: true, Disk: vm.Disk{ID: vm.DiskID("hostdev" + strconv.Itoa(n)), Format: "raw"}}
 	if h.Alias != nil && h.Alias.Name != "" {
 		e.ID = vm.DiskID(h.Alias.Name)
 	}

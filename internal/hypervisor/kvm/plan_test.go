@@ -161,7 +161,7 @@ const manyDisks = `<domain type='kvm' id='3'><name>old</name><uuid>11111111-2222
 <disk type='volume' device='disk'><driver name='qemu' type='qcow2'/><source pool='default' volume='v.qcow2'/><target dev='vdg' bus='virtio'/></disk>
 <disk type='file' device='cdrom'><driver name='qemu' type='raw'/><source file='/i/cd.iso'/><target dev='hda' bus='sata'/><readonly/></disk>
 <disk type='file' device='cdrom'><target dev='hdb' bus='sata'/><readonly/></disk>
-<hostdev mode='subsystem' type='scsi'><source><adapter name='scsi_host0'/><address bus='0' target='0' unit='0'/></source><alias name='hostdev0'/></hostdev>
+<hostdev mode='subsystem' type='scsi'><source><adapter name='scsi_host0'/><address bus='0' target='0' unit='0'/></source><alias name='ua-tape'/></hostdev>
 <hostdev mode='subsystem' type='usb'><source><vendor id='0x1'/><product id='0x2'/></source></hostdev>
 <interface type='network'><mac address='52:54:00:00:00:01'/><source network='default'/><target dev='vnet3'/></interface>
 <channel type='unix'><source mode='bind' path='/run/libvirt/qemu/channel/3-old/agent'/><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
@@ -174,7 +174,7 @@ func TestDisksNotProtectedSayWhy(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := map[vm.DiskID]string{"vda": "", "vdb": "", "sda": "SCSI pass-through", "vdc": "network disk (rbd)", "vdd": "",
-		"vde": "transient", "vdf": "", "vdg": "excluded by request", "hda": "CD-ROM", "hostdev0": "SCSI pass-through"}
+		"vde": "transient", "vdf": "", "vdg": "excluded by request", "hda": "CD-ROM", "ua-tape": "SCSI pass-through"}
 	for _, d := range disks(&x, []vm.DiskID{"vdg"}) {
 		w, ok := want[d.ID]
 		if delete(want, d.ID); !ok || !strings.HasPrefix(d.Excluded, w) || (w == "") != (d.Excluded == "") {

@@ -1,0 +1,45 @@
+//go:build linux
+
+package kvm
+
+import (
+	"strings"
+	"testing"
+
+	"libvirt.org/go/libvirtxml"
+
+	"github.com/backstay/backstay/internal/point"
+)
+
+// libvirt refuses a job that names what is no disk to it, whatever its owner
+// has called it, and backs up each disk that the job does not name.
+func TestJobNamesDisksAndNothingElse(t *testing.T) {
+	var x libvirtxml.Domain
+	if err := x.Unmarshal(manyDisks); err != nil {
+		t.Fatal(err)
+	}
+	b := &beginning{dir: "/s", socket: "/s/nbd.sock", checkpoint: "backstay-aaaaaaaa-1"}
+	for _, e := range disks(&x, nil) {
+		b.add(e)
+		if e.Excluded == "" {
+			b.plans = append(b.plans, decision{mode: point.Full, track: true})
+		}
+	}
+	job, checkpoint, err := b.describeJob()
+	if err != nil || len(checkpoint) != 1 {
+		t.Fatal(checkpoint, err)
+	}
+	for _, text := range []string{job, checkpoint[0]} {
+		if strings.Contains(text, "ua-tape") || strings.Contains(text, "hdb") {
+			t.Errorf("names what is no disk:\n%s", text)
+		}
+		for _, name := range []string{"vda", "vdb", "sda", "vdc", "vdd", "vde", "vdf", "vdg", "hda"} {
+			if !strings.Contains(text, `name="`+name+`"`) {
+				t.Errorf("%s is not named:\n%s", name, text)
+			}
+		}
+	}
+	if n := strings.Count(job, `backup="yes"`); n != len(b.defs) || n == 0 {
+		t.Errorf("%d disks of %d are backed up", n, len(b.defs))
+	}
+}
