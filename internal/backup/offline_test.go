@@ -4,6 +4,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/backstay/backstay/internal/blob/mem"
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/point"
 )
@@ -81,4 +82,21 @@ func TestOfflineBackupDoesNotHandOnALie(t *testing.T) {
 		t.Errorf("%s (%s)", res.Point.Disks[0].Mode, res.Point.Disks[0].Reason)
 	}
 	w.verify(w.store)
+}
+
+// Where the point that the bitmap counts from can't be read, the next one does
+// not lead there again.
+func TestOfflineBackupOnADamagedBase(t *testing.T) {
+	w := memWorld(t, 4*mib)
+	w.vm.Write("vda", 0, noise(1, 4*mib))
+	w.backUp()
+	damage(t, w.store.(*mem.Store), "man/", func(n int) int { return n - 1 })
+	w.vm.SetOff(true)
+	d := w.wantDisk(w.backUp(), point.Full, "the previous restore point can't be read")
+	if d.ChangeID != "" {
+		t.Errorf("change id %q was handed on", d.ChangeID)
+	}
+	if res := w.backUp(); res.Damage != nil {
+		t.Errorf("it builds on the damaged one again: %v", res.Damage)
+	}
 }
