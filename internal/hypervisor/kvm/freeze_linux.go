@@ -69,7 +69,7 @@ func (f *freezer) request() time.Duration {
 // may have stood still; lost says why it can't be said to have stood still
 // when snap was done, although snap returned nil.
 func (f *freezer) hold(ctx context.Context, snap func() error) (held time.Duration, lost string, err error) {
-	if err := f.run.Note(journal.Entry{Kind: kindFreeze, Name: f.dom.uuid()}); err != nil {
+	if err := f.run.Note(freezeEntry(f.dom, time.Now().Add(f.request()+f.limit+watchdogGrace+watchdogPatience))); err != nil {
 		return 0, "", err
 	}
 	if err := f.dog.arm(); err != nil {

@@ -16,7 +16,6 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor"
-	"github.com/backstay/backstay/internal/hypervisor/journal"
 	"github.com/backstay/backstay/internal/vm"
 )
 
@@ -163,7 +162,7 @@ func TestOurOwnFreezeLeft(t *testing.T) {
 	h.ok(err)
 	r, err := j.Begin(h.dom().uuid(), newUUID())
 	h.ok(err)
-	h.ok(r.Note(journal.Entry{Kind: kindFreeze, Name: h.dom().uuid()}))
+	h.ok(r.Note(freezeEntry(h.dom(), time.Now())))
 	h.ok(r.Close())
 	a := h.backup(repoA, nil, hypervisor.Options{Consistency: vm.RequireApplication, FreezeLimit: patient})
 	if w := strings.Join(a.Warnings(), "; "); !strings.Contains(w, "thawed the guest, which was still frozen") {
@@ -171,6 +170,20 @@ func TestOurOwnFreezeLeft(t *testing.T) {
 	}
 	h.thawed()
 	h.wantClean(a.checkpoint())
+
+	// One that we may have left long ago is somebody else's by now.
+	h.ok(h.web.Freeze(h.ctx))
+	r, err = j.Begin(h.dom().uuid(), newUUID())
+	h.ok(err)
+	h.ok(r.Note(freezeEntry(h.dom(), time.Now().Add(-time.Hour))))
+	h.ok(r.Close())
+	b := h.backup(repoA, a, hypervisor.Options{Consistency: vm.PreferApplication})
+	if w := strings.Join(b.Warnings(), "; "); b.Grade() != vm.GradeCrash || !strings.Contains(w, "left the guest frozen") {
+		t.Errorf("grade %s, warnings %s", b.Grade(), w)
+	}
+	if frozen, err := h.web.Frozen(h.ctx); err != nil || !frozen {
+		t.Errorf("the guest was thawed, and that was not ours to do: %v", err)
+	}
 }
 
 // Killed while it reads, a run leaves a job, scratch files and a checkpoint,

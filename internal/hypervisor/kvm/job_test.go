@@ -5,9 +5,11 @@ package kvm
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"libvirt.org/go/libvirtxml"
 
+	"github.com/backstay/backstay/internal/hypervisor/journal"
 	"github.com/backstay/backstay/internal/point"
 )
 
@@ -41,5 +43,18 @@ func TestJobNamesDisksAndNothingElse(t *testing.T) {
 	}
 	if n := strings.Count(job, `backup="yes"`); n != len(b.defs) || n == 0 {
 		t.Errorf("%d disks of %d are backed up", n, len(b.defs))
+	}
+}
+
+func TestFreezeThatIsStillOurs(t *testing.T) {
+	now := time.Now()
+	uri, _, _ := ParseSource("kvm:///system")
+	e := freezeEntry(&domain{conn: newConn(uri)}, now)
+	if bootID() == "" || !stillOurs(e, bootID(), now) || !stillOurs(e, bootID(), now.Add(oursLonger-time.Minute)) {
+		t.Errorf("a fresh freeze is not ours: %v", e)
+	}
+	old := journal.Entry{Kind: kindFreeze, Name: e.Name} // as older versions wrote it
+	if stillOurs(e, bootID(), now.Add(oursLonger+time.Second)) || stillOurs(e, "another", now) || stillOurs(old, bootID(), now) || stillOurs(old, "", now) {
+		t.Error("a freeze that may be somebody else's is taken for ours")
 	}
 }

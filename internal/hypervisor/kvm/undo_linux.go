@@ -66,7 +66,7 @@ func (d *domain) undo(ctx context.Context, run *journal.Run, keep func(journal.E
 func (d *domain) undoOne(ctx context.Context, e journal.Entry) (what string, err error) {
 	switch e.Kind {
 	case kindFreeze:
-		return d.undoFreeze(ctx)
+		return d.undoFreeze(ctx, e)
 	case kindJob:
 		return d.endJob(ctx, e.Name)
 	case kindNBD:
@@ -95,8 +95,37 @@ func (d *domain) undoOne(ctx context.Context, e journal.Entry) (what string, err
 	return "", fmt.Errorf("written by a newer version: %w", fault.ErrUnsupported)
 }
 
+// What an entry of a freeze says besides.
+const (
+	dataBoot  = "boot"  // the host's boot id
+	dataUntil = "until" // when the watchdog gives up, RFC 3339
+)
+
+// oursLonger is for how long after its watchdog has given up a freeze is still
+// taken for ours.
+const oursLonger = 10 * time.Minute
+
+// freezeEntry is for a freeze of d that the watchdog tries to end until then.
+func freezeEntry(d *domain, until time.Time) journal.Entry {
+	return journal.Entry{Kind: kindFreeze, Name: d.uuid(), Data: map[string]string{
+		dataURI: d.uri.String(), dataBoot: bootID(), dataUntil: until.UTC().Format(time.RFC3339)}}
+}
+
+// bootID is another one after each start of the host.
+func bootID() string {
+	b, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // "" is nobody's
+	return strings.TrimSpace(string(b))
+}
+
+// stillOurs says whether a guest that is frozen now can be so by the freeze
+// that e names. Somebody else may have frozen it since.
+func stillOurs(e journal.Entry, boot string, now time.Time) bool {
+	until, err := time.Parse(time.RFC3339, e.Data[dataUntil])
+	return err == nil && boot != "" && e.Data[dataBoot] == boot && now.Before(until.Add(oursLonger))
+}
+
 // undoFreeze thaws a guest that a run of ours left frozen.
-func (d *domain) undoFreeze(ctx context.Context) (string, error) {
+func (d *domain) undoFreeze(ctx context.Context, e journal.Entry) (string, error) {
 	var status string
 	err := d.agent(ctx, agentTimeout, "guest-fsfreeze-status", nil, &status)
 	var a *agentError
@@ -105,6 +134,9 @@ func (d *domain) undoFreeze(ctx context.Context) (string, error) {
 	}
 	if err != nil || status != "frozen" {
 		return "", err
+	}
+	if !stillOurs(e, bootID(), time.Now()) {
+		return "left the guest frozen: that freeze can not be ours any more", nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, thawPatience)
 	defer cancel()
