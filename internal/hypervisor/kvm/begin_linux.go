@@ -549,9 +549,31 @@ func processOwner(uuid string) (uid, gid int) {
 		if err != nil || !strings.Contains(string(args), "\x00-uuid\x00"+uuid+"\x00") {
 			continue
 		}
-		if uid, gid, ok := fileOwner(filepath.Dir(line)); ok {
+		dir := filepath.Dir(line)
+		if !isQEMU(dir) {
+			continue
+		}
+		if uid, gid, ok := fileOwner(dir); ok {
 			return uid, gid
 		}
 	}
 	return -1, -1
+}
+
+// isQEMU says whether the process at dir in /proc runs a QEMU that root has
+// installed: anybody may give a program of his own such arguments, and would
+// be given the scratch files.
+func isQEMU(dir string) bool {
+	exe, err := os.Readlink(filepath.Join(dir, "exe"))
+	if err != nil || !qemuName(exe) {
+		return false
+	}
+	uid, _, ok := fileOwner(filepath.Join(dir, "exe"))
+	return ok && uid == 0
+}
+
+// qemuName knows the names under which distributions install it.
+func qemuName(exe string) bool {
+	name := strings.TrimSuffix(filepath.Base(exe), " (deleted)") // upgraded since
+	return strings.HasPrefix(name, "qemu-system-") || name == "qemu-kvm"
 }

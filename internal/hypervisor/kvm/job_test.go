@@ -3,6 +3,7 @@
 package kvm
 
 import (
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -56,5 +57,29 @@ func TestFreezeThatIsStillOurs(t *testing.T) {
 	old := journal.Entry{Kind: kindFreeze, Name: e.Name} // as older versions wrote it
 	if stillOurs(e, bootID(), now.Add(oursLonger+time.Second)) || stillOurs(e, "another", now) || stillOurs(old, bootID(), now) || stillOurs(old, "", now) {
 		t.Error("a freeze that may be somebody else's is taken for ours")
+	}
+}
+
+// Who has only QEMU's arguments is not given its files.
+func TestProcessThatPassesForQEMU(t *testing.T) {
+	uuid := newUUID()
+	cmd := exec.Command("sh", "-c", "read x", "-uuid", uuid, "-x")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Skip(err)
+	}
+	defer cmd.Wait()
+	defer in.Close()
+	if uid, gid := processOwner(uuid); uid != -1 || gid != -1 {
+		t.Errorf("it has the owner %d:%d", uid, gid)
+	}
+	for exe, want := range map[string]bool{"/usr/bin/qemu-system-x86_64": true, "/usr/bin/qemu-system-aarch64 (deleted)": true,
+		"/usr/libexec/qemu-kvm": true, "/bin/dash": false, "/usr/bin/qemu-img": false, "/tmp/qemu-system-x/sh": false} {
+		if qemuName(exe) != want {
+			t.Errorf("%s: %v", exe, !want)
+		}
 	}
 }
