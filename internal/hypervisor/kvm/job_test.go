@@ -3,13 +3,17 @@
 package kvm
 
 import (
+	"errors"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"libvirt.org/go/libvirtxml"
 
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor/journal"
 	"github.com/backstay/backstay/internal/point"
 )
@@ -81,5 +85,42 @@ func TestProcessThatPassesForQEMU(t *testing.T) {
 		if qemuName(exe) != want {
 			t.Errorf("%s: %v", exe, !want)
 		}
+	}
+}
+
+// A snapshot that is made or committed between looking and locking is noticed.
+func TestChainThatChangesWhileItIsLocked(t *testing.T) {
+	dir := t.TempDir()
+	a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")
+	for _, name := range []string{a, b} {
+		if err := os.WriteFile(name, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, c := range map[string]struct {
+		answers [2][]imageInfo
+		between func() error
+		want    error
+	}{
+		"as before": {answers: [2][]imageInfo{{{Name: a}}, {{Name: a, Format: "now"}}}},
+		"snapshot":  {answers: [2][]imageInfo{{{Name: a}}, {{Name: b}, {Name: a}}}, want: fault.ErrLocked},
+		"rebased":   {answers: [2][]imageInfo{{{Name: a}}, {{Name: b}}}, want: fault.ErrLocked},
+		"another file of that name": {answers: [2][]imageInfo{{{Name: a}}, {{Name: a}}}, between: func() error { return os.Rename(b, a) },
+			want: fault.ErrLocked},
+	} {
+		s, n := &session{beginning: &beginning{}}, 0
+		chain, err := s.lockChain(func() ([]imageInfo, error) {
+			if n++; n == 2 && c.between != nil {
+				if err := c.between(); err != nil {
+					return nil, err
+				}
+			}
+			return c.answers[n-1], nil
+		})
+		if !errors.Is(err, c.want) || err == nil && chain[0].Format != "now" {
+			t.Errorf("%s: %v, %v", name, chain, err)
+		}
+		s.stopNBD()
+		os.WriteFile(b, nil, 0o600)
 	}
 }

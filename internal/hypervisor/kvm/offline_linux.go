@@ -98,16 +98,9 @@ func (b *beginning) resolve(ctx context.Context, e *diskDef) error {
 }
 
 func (s *session) openImage(ctx context.Context, e diskDef) error {
-	chain, err := imageChain(ctx, e.Format, e.path)
+	chain, err := s.lockChain(func() ([]imageInfo, error) { return imageChain(ctx, e.Format, e.path) })
 	if err != nil {
 		return err
-	}
-	for _, i := range chain {
-		f, err := lockImage(i.Name)
-		if err != nil {
-			return err
-		}
-		s.images = append(s.images, f)
 	}
 	prev := s.o.Previous[e.ID]
 	base := baseOf(prev)
@@ -142,6 +135,40 @@ func (s *session) openImage(ctx context.Context, e diskDef) error {
 	}
 	s.servers = append(s.servers, server)
 	return d.dial(ctx, socket)
+}
+
+// lockChain locks the layers that read names. What it named before they were
+// locked may have changed since, with all that it said of bitmaps.
+func (s *session) lockChain(read func() ([]imageInfo, error)) ([]imageInfo, error) {
+	before, err := read()
+	if err != nil {
+		return nil, err
+	}
+	first := len(s.images)
+	for _, i := range before {
+		f, err := lockImage(i.Name)
+		if err != nil {
+			return nil, err
+		}
+		s.images = append(s.images, f)
+	}
+	now, err := read()
+	if err != nil {
+		return nil, err
+	}
+	same := len(now) == len(before)
+	for i := 0; same && i < len(now); i++ {
+		locked, err1 := s.images[first+i].Stat()
+		named, err2 := os.Stat(now[i].Name)
+		if err := errors.Join(err1, err2); err != nil {
+			return nil, err
+		}
+		same = now[i].Name == before[i].Name && os.SameFile(locked, named)
+	}
+	if !same {
+		return nil, fmt.Errorf("the chain of images changed while it was being locked: %w", fault.ErrLocked)
+	}
+	return now, nil
 }
 
 // stopNBD ends what serves a shut-off VM's disks and lets the VM start again.
