@@ -236,6 +236,9 @@ func (b *beginning) look(ctx context.Context, state libvirt.DomainState) (*libvi
 // add takes a disk into account.
 func (b *beginning) add(e diskDef) {
 	b.all = append(b.all, e)
+	if e.medium {
+		return // what is in a drive is nothing that somebody forgot to protect
+	}
 	b.machine.Disks = append(b.machine.Disks, e.Disk)
 	if e.Excluded == "" {
 		b.defs = append(b.defs, e)

@@ -18,6 +18,7 @@ type diskDef struct {
 	pool     string // of a disk that is a volume: its path is asked of libvirt
 	volume   string
 	readOnly bool
+	medium   bool     // a CD or floppy in its drive: no part of the machine
 	hostdev  bool     // a device of the host: no disk to libvirt
 	layers   []string // QEMU's node names, top first; only of a running VM
 	below    []string // files of the layers under the top one; only of a running VM
@@ -48,7 +49,7 @@ func disks(d *libvirtxml.Domain, exclude []vm.DiskID) []diskDef {
 		if e.Excluded == "" && slices.Contains(exclude, e.ID) {
 			e.Excluded = "excluded by request"
 		}
-		if (x.Device == "cdrom" || x.Device == "floppy") && e.Source == "" {
+		if e.medium = x.Device == "cdrom" || x.Device == "floppy"; e.medium && e.Source == "" {
 			continue // an empty drive
 		}
 		e.nodes(x)

@@ -46,6 +46,14 @@ func TestJobNamesDisksAndNothingElse(t *testing.T) {
 			}
 		}
 	}
+	for _, d := range b.machine.Disks {
+		if d.ID == "hda" {
+			t.Error("a CD counts as a disk that is not protected")
+		}
+	}
+	if len(b.machine.Disks) != 9 {
+		t.Errorf("disks of the machine: %v", b.machine.Disks)
+	}
 	if n := strings.Count(job, `backup="yes"`); n != len(b.defs) || n == 0 {
 		t.Errorf("%d disks of %d are backed up", n, len(b.defs))
 	}
