@@ -58,7 +58,7 @@ func ParseSource(source string) (uri *url.URL, name string, err error) {
 		return nil, "", fmt.Errorf("source %q: %w", source, err)
 	}
 	if s, _, _ := strings.Cut(u.Scheme, "+"); s != "kvm" {
-		return nil, "", fmt.Errorf("source %q does not begin with kvm:", source)
+		return nil, "", fmt.Errorf("source %q is no kvm: URL", source)
 	}
 	if _, has := u.User.Password(); has {
 		return nil, "", fmt.Errorf("source %s: a password does not belong in a source", u.Redacted())
