@@ -154,6 +154,10 @@ func (s *session) add(f File, o hypervisor.Options) error {
 			d.reason += fmt.Sprintf("; its size was %d bytes and is %d", prev.SizeBytes, info.SizeBytes)
 		}
 	}
+	// What is odd about the image is odd about the restore point.
+	for _, w := range img.Info().Warnings {
+		s.warnings = append(s.warnings, fmt.Sprintf("%s: %s", f.Path, w))
+	}
 	s.machine.Disks = append(s.machine.Disks, info)
 	s.disks = append(s.disks, d)
 	return nil
