@@ -435,7 +435,7 @@ func (b *beginning) settle(ctx context.Context) error {
 		if on, err := b.dom.active(ctx); err != nil || !on {
 			return gone(err)
 		}
-		if err := b.dom.monitor(ctx, "query-version", nil, nil); err != nil {
+		if err := b.dom.monitor(ctx, "query-version", map[string]any{}, nil); err != nil {
 			return err
 		}
 		what, err := b.dom.job(ctx)

@@ -79,3 +79,18 @@ func TestLockOfACleanerIsWaitedFor(t *testing.T) {
 		t.Errorf("held by %q: %v", who, err)
 	}
 }
+
+// After a call that nobody answered, a job that did begin is found and ended.
+func TestBeginningThatNobodySaw(t *testing.T) {
+	h := newHost(t)
+	h.up()
+	h.reset()
+	a, err := h.begin(h.Driver, repoA, nil, hypervisor.Options{})
+	h.ok(err)
+	b := a.Session.(*session).beginning
+	h.ok(b.settle(h.ctx)) // it is there
+	h.ok(a.Abort(h.ctx))
+	h.wantClean()
+	b.dom = h.dom()
+	h.ok(b.settle(h.ctx)) // it never came
+}
