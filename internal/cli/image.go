@@ -37,7 +37,7 @@ func (in *imageInput) flags(cmd *cobra.Command, what string) {
 	f := cmd.Flags()
 	f.StringVarP(&in.format, "format", "f", "", what+": "+formatHelp)
 	f.StringVar(&in.snapshot, "snapshot", "", "read this internal snapshot of a qcow2 image, by name or ID")
-	f.BoolVar(&in.parents, "parents", false, "open parents and data files that lie in or beneath the image's directory")
+	f.BoolVar(&in.parents, "parents", false, "open parents and data files that lie in or beneath the image's directory (extents of a VMDK right beside it are always opened)")
 }
 
 // open opens path as in says. Images whose parents are not wanted open without
