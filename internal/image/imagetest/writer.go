@@ -43,6 +43,9 @@ func Writer(t *testing.T, w WriterTest) {
 	sizes := append([]int64{0, 512, 513, 64<<10 - 1, 64 << 10, 64<<10 + 512, 3<<20 + 12345, 40<<20 + 512}, w.Sizes...)
 	for v, o := range w.Variants {
 		for i, size := range sizes {
+			if testing.Short() && size > 4<<20 {
+				continue
+			}
 			o.VirtualBytes = size
 			name := fmt.Sprintf("%s,%s,block=%d,level=%d/%d bytes", o.Variant, o.Compression, o.BlockBytes, o.Level, size)
 			orders := []string{"ascending", "random", "parallel"}
