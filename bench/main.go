@@ -1,3 +1,5 @@
+//go:build linux && amd64
+
 // Command bench compares backstay with its peers on the same bytes in the same
 // run, and prints medians and ratios:
 //
