@@ -166,7 +166,7 @@ func (b *bench) vm(ctx context.Context) error {
 
 // backupVM backs the VM up once and says what it read.
 func (b *bench) backupVM(ctx context.Context, lv *lab.Libvirt) (vmBackup, sample, error) {
-	args := []string{"backup", lv.KVM("backstay-bench"), "--repo", b.path("vm-repo"), "--state-dir", b.path("state"), "--json", "--quiet", "--consistency", "filesystem"}
+	args := []string{"backup", lv.KVM("backstay-bench"), "--repo", b.path("vm-repo"), "--state-dir", b.path("state"), "--json", "--quiet", "--consistency", "filesystem", "--freeze-limit", "30s"}
 	cmd := exec.CommandContext(ctx, b.exe, args...)
 	cmd.Env = append(os.Environ(), b.env()...)
 	var out bytes.Buffer
