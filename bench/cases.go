@@ -4,9 +4,11 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 )
 
 const passphrase = "bench"
@@ -34,8 +36,10 @@ func (b *bench) fresh(names []string, args ...string) func() error {
 		}
 		cmd := exec.Command(args[0], args[1:]...)
 		cmd.Env = append(os.Environ(), b.env()...)
-		cmd.Stderr = os.Stderr
-		return cmd.Run()
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), err, out)
+		}
+		return nil
 	}
 }
 
@@ -69,14 +73,19 @@ func (b *bench) full(ctx context.Context) error {
 		return err
 	}
 	_, err := b.compare(ctx, "full backup of a raw image, encrypted", b.files, b.fullTools())
+	b.backedUp = err == nil
 	return err
 }
 
 // ensureRepos makes the repositories that rescan and restore start from.
 func (b *bench) ensureRepos(ctx context.Context) error {
+	if b.backedUp {
+		return nil
+	}
 	if err := b.makeDisk(ctx); err != nil {
 		return err
 	}
+	b.backedUp = true
 	for _, t := range b.fullTools() {
 		if t.needs == "zstd" || t.needs != "" && !b.peers {
 			continue
@@ -117,6 +126,7 @@ func (b *bench) rescan(ctx context.Context) error {
 	})
 	// The image has changed: the next case wants a new one.
 	os.Remove(b.disk)
+	b.backedUp = false
 	return err
 }
 

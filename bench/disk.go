@@ -3,9 +3,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -53,23 +55,26 @@ func stage(tree string, want int64) (int64, error) {
 				if err != nil || !d.Type().IsRegular() {
 					return nil
 				}
-				data, err := os.ReadFile(path)
+				from, err := os.Open(path)
 				if err != nil {
 					return nil
 				}
+				defer from.Close()
 				// A machine with few files gets them again, each shifted by a few
 				// bytes, so that no tool deduplicates the repetition.
-				for i := 0; i < round; i++ {
-					data = append([]byte{byte(i), byte(n), byte(n >> 8)}, data...)
+				var shift []byte
+				for i := range round {
+					shift = append(shift, byte(i), byte(n), byte(n>>8))
 				}
 				to := filepath.Join(tree, fmt.Sprint(round), path)
 				if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 					return err
 				}
-				if err := os.WriteFile(to, data, 0o644); err != nil {
+				copied, err := writeFrom(to, io.MultiReader(bytes.NewReader(shift), from))
+				if err != nil {
 					return err
 				}
-				if n += int64(len(data)); n >= want {
+				if n += copied; n >= want {
 					return full
 				}
 				return nil
@@ -86,6 +91,17 @@ func stage(tree string, want int64) (int64, error) {
 		}
 	}
 	return n, nil
+}
+
+// writeFrom copies r into a new file. A stream and not the whole file at once:
+// the peak memory of a child counts from this process's at the fork.
+func writeFrom(path string, r io.Reader) (int64, error) {
+	f, err := os.Create(path)
+	if err != nil {
+		return 0, err
+	}
+	n, err := io.Copy(f, r)
+	return n, errors.Join(err, f.Close())
 }
 
 // change rewrites about one percent of the image in extents of 64 KiB.

@@ -27,7 +27,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	var b bench
-	only := flag.String("only", "full,rescan,restore,vm", "comma-separated: full, rescan, restore, vm")
+	only := flag.String("only", "full,restore,rescan,vm", "comma-separated, in this order: full, restore, rescan, vm")
 	flag.StringVar(&b.dir, "dir", filepath.Join(os.TempDir(), "backstay-bench"), "work directory; 40 GiB are needed")
 	flag.IntVar(&b.runs, "runs", 5, "runs of each tool; the median counts")
 	flag.Int64Var(&b.virtual, "virtual", 8<<30, "virtual size of the disk in bytes")
@@ -48,6 +48,8 @@ type bench struct {
 
 	exe  string // backstay
 	disk string // the raw image
+
+	backedUp bool // every tool's repository holds the disk as it is
 }
 
 func (b *bench) run(ctx context.Context, cases []string) error {

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/backstay/backstay/internal/lab"
@@ -175,6 +176,7 @@ func (b *bench) backupVM(ctx context.Context, lv *lab.Libvirt) (vmBackup, sample
 	if err := cmd.Run(); err != nil {
 		return vmBackup{}, sample{}, fmt.Errorf("backup: %w\n%s", err, out.String())
 	}
+	syscall.Sync()
 	s := sample{wall: time.Since(start)}
 	var got vmBackup
 	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
