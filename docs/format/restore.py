@@ -11,6 +11,16 @@ than 44, "argon2-cffi") and the command "zstd".
 """
 import base64, glob, json, os, struct, subprocess, sys
 
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 5) or sys.argv[1] in ("-h", "--help"):
+        asked = len(sys.argv) == 2
+        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
+    if "BACKSTAY_PASSWORD" not in os.environ:
+        sys.exit("set BACKSTAY_PASSWORD to the repository's passphrase")
+    if not os.path.exists(os.path.join(sys.argv[1], "repo.json")):
+        sys.exit(f"{sys.argv[1]} holds no repository")
+
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives import hashes
@@ -185,20 +195,32 @@ def manifest(hex_id):
 # ---- packs ----
 
 def all_records():
-    """Where each chunk lies: from the packs' trailers, so no index is needed."""
+    """Where each chunk lies: from the packs' trailers, so no index is needed. One
+    that was found damaged may have been stored again, so there may be several."""
     where = {}
     for name in names("data"):
         b = read(name)
+        if b[-32:-24] != b"BSTYPKF1":
+            print("passing over " + name + ", whose end is lost", file=sys.stderr)
+            continue
         n, = struct.unpack_from("<I", b, len(b) - 24)
-        must(b[-32:-24] == b"BSTYPKF1", name)
         for i in range(n):
             e = len(b) - 32 - 48 * (n - i)
-            where[b[e:e + 32]] = (name, struct.unpack_from("<I", b, e + 32)[0])
+            where.setdefault(b[e:e + 32], []).append((name, struct.unpack_from("<I", b, e + 32)[0]))
     return where
 
 
 def chunk(where, cid):
-    name, off = where[cid]
+    must(cid in where, "chunk %s is in no pack" % cid.hex())
+    for name, off in where[cid]:
+        try:
+            return record(where, cid, name, off)
+        except (Exception, SystemExit) as e:
+            print("passing over a damaged record in %s: %s" % (name, e), file=sys.stderr)
+    sys.exit("corrupt: chunk " + cid.hex())
+
+
+def record(where, cid, name, off):
     b = read(name)[off:]
     enc, (clen, plen) = b[8], struct.unpack_from("<II", b, 12)
     must(b[:8] == b"BSTYREC1" and b[24:56] == cid, name)

@@ -37,25 +37,38 @@ type Hit struct {
 	Range extent.Extent `json:"range"`
 }
 
-// A Finding is one thing that is wrong.
+// A Finding is one object with which something is wrong.
 type Finding struct {
-	Object string // its name in the store
-	Offset int64  // bytes into the object, -1 where it has no place
-	Err    error  // in class fault.ErrCorrupt or fault.ErrNotFound
-	Hits   []Hit
+	Object string  // its name in the store
+	Offset int64   // bytes into the object, -1 where it has no place
+	Err    error   // in class fault.ErrCorrupt or fault.ErrNotFound
+	More   []error // what else is wrong with it
+	Hits   []Hit   // by all of it
 }
+
+// moreErrors bounds how much is said of one object.
+const moreErrors = 1000
 
 // A CheckReport counts what was looked at and lists what is wrong.
 type CheckReport struct {
 	Packs, Points, Manifests, Chunks int64
 	Bytes                            int64 // that were read
 	Findings                         []Finding
+	// Unneeded are damaged packs of whose damage no restore point needs
+	// anything: the points are gone, or the chunks were stored again.
+	Unneeded []Finding
+	// Unnoted is why damage that was found could not be written down for the
+	// next backup to store it again; nil if it was.
+	Unnoted error
 }
 
 // checkWorkers is how many packs are read at the same time, at most.
 const checkWorkers = 3
 
 // Check says whether the repository is sound. Findings are not an error.
+//
+// Damage that Scrub or ReadData finds in packs is put into quarantine: the next
+// backup stores what it meets of it again. Nothing else is changed.
 func (r *Repository) Check(ctx context.Context, o CheckOptions) (CheckReport, error) {
 	if o.ReadData {
 		o.Scrub = true
@@ -67,14 +80,19 @@ func (r *Repository) Check(ctx context.Context, o CheckOptions) (CheckReport, er
 	if err != nil {
 		return CheckReport{}, err
 	}
-	c := &check{r: r, o: o, h: h, bad: map[index.Key]int{}, badPages: map[pageRef]int{}, badFiles: map[manifest.ID]int{}}
+	c := &check{r: r, o: o, h: h, bad: map[index.Key]int{}, badPages: map[pageRef]int{}, badFiles: map[manifest.ID]int{},
+		frames: map[int]bool{}, damaged: newQuarantine(), whole: map[[32]byte]bool{}}
 	for _, f := range h.findings {
-		c.find(f)
+		c.frames[c.find(f)] = true
 	}
 	for _, step := range []func(context.Context) error{c.inventory, c.scrub, c.blame} {
 		if err := step(ctx); err != nil {
 			return c.report, err
 		}
+	}
+	c.sortOut()
+	if c.o.Scrub {
+		c.report.Unnoted = c.note(ctx)
 	}
 	slices.SortStableFunc(c.report.Findings, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(a.Object, b.Object), cmp.Compare(a.Offset, b.Offset))
@@ -101,19 +119,51 @@ type check struct {
 	badPages    map[pageRef]int
 	badFiles    map[manifest.ID]int
 	done, total int64
+
+	used    []bool            // packs that hold what a point needs
+	frames  map[int]bool      // findings of more than records of a pack
+	blind   bool              // not all that points need is known, or some is in no pack
+	damaged quarantine        // what to write down, without notes
+	whole   map[[32]byte]bool // packs of which every record was opened
 }
 
-// find adds a finding and gives its ordinal. The same thing is said once.
+// find adds a finding and gives its ordinal. Each object has one, and the same
+// thing is said of it once.
 func (c *check) find(f Finding) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for i := range c.report.Findings {
-		if g := &c.report.Findings[i]; g.Object == f.Object && g.Offset == f.Offset {
-			return i
+		g := &c.report.Findings[i]
+		if g.Object != f.Object {
+			continue
 		}
+		said := func(err error) bool { return err.Error() == f.Err.Error() }
+		if f.Offset != g.Offset && !said(g.Err) && len(g.More) < moreErrors && !slices.ContainsFunc(g.More, said) {
+			g.More = append(g.More, f.Err)
+		}
+		return i
 	}
 	c.report.Findings = append(c.report.Findings, f)
 	return len(c.report.Findings) - 1
+}
+
+// sortOut moves findings to the unneeded: those of packs in which no point
+// needs anything, or of whose damaged records none is needed there.
+func (c *check) sortOut() {
+	if c.blind {
+		return
+	}
+	var needed []Finding
+	for i, f := range c.report.Findings {
+		id, ok := parsePackName(f.Object)
+		n, held := c.h.byID[id]
+		if ok && len(f.Hits) == 0 && (!held || int(n) < len(c.used) && !c.used[n] || !c.frames[i]) {
+			c.report.Unneeded = append(c.report.Unneeded, f)
+		} else {
+			needed = append(needed, f)
+		}
+	}
+	c.report.Findings = needed
 }
 
 // blameChunk notes that chunk k is lost because of finding n.
@@ -134,6 +184,7 @@ func (c *check) inventory(ctx context.Context) error {
 				return err
 			}
 			c.find(Finding{Object: pointPrefix + name, Offset: -1, Err: err, Hits: []Hit{{Point: point.ID(name)}}})
+			c.blind = true
 			return nil
 		}
 		c.recs = append(c.recs, rec)
@@ -143,10 +194,14 @@ func (c *check) inventory(ctx context.Context) error {
 		return err
 	}
 	c.report.Packs = int64(len(c.h.byID))
+	c.used = make([]bool, len(c.h.packs))
 	c.report.Chunks = c.h.table.Len()
 	for i := range c.h.packs {
-		if p := &c.h.packs[i]; p.state == packDamaged {
-			c.find(Finding{Object: p.name(), Offset: p.bytes, Err: &fault.CorruptError{Object: packLabel(p.id), Offset: p.bytes, Err: io.ErrUnexpectedEOF}})
+		p := &c.h.packs[i]
+		said := slices.ContainsFunc(c.h.findings, func(f Finding) bool { return f.Object == p.name() })
+		if p.state == packDamaged && !said {
+			n := c.find(Finding{Object: p.name(), Offset: p.bytes, Err: &fault.CorruptError{Object: packLabel(p.id), Offset: p.bytes, Err: io.ErrUnexpectedEOF}})
+			c.frames[n] = true
 		}
 	}
 	for _, rec := range c.recs {
@@ -170,6 +225,7 @@ func (c *check) inventory(ctx context.Context) error {
 				}
 				err = manifestError(id, err)
 				c.badPages[pageRef{id, i}] = c.find(Finding{Object: name, Offset: offsetOf(err), Err: err})
+				c.blind = true
 				return nil
 			}
 			for _, id := range ids {
@@ -183,6 +239,7 @@ func (c *check) inventory(ctx context.Context) error {
 			}
 			name := manifestName(point.ManifestID(hex.EncodeToString(id[:])))
 			c.badFiles[id] = c.find(Finding{Object: name, Offset: offsetOf(err), Err: err})
+			c.blind = true
 			return nil
 		},
 	}
@@ -208,8 +265,12 @@ func (c *check) present(id chunk.ID, by string, off int64) {
 	}
 	at, p, ok := c.h.find(id)
 	e := pack.Entry{Off: at.Off, CLen: at.CLen}
+	if ok && int(at.Pack) < len(c.used) { // others are newer than this check
+		c.used[at.Pack] = true
+	}
 	switch {
 	case !ok:
+		c.blind = true
 		err := fmt.Errorf("chunk %s and perhaps others that it needs are in no pack: %w", id.Short(), fault.ErrCorrupt)
 		c.blameChunk(k, c.find(Finding{Object: by, Offset: off, Err: err}))
 	case p.state == packMissing:
@@ -217,7 +278,12 @@ func (c *check) present(id chunk.ID, by string, off int64) {
 		c.blameChunk(k, c.find(Finding{Object: p.name(), Offset: -1, Err: err}))
 	case e.End() > p.bytes:
 		err := &fault.CorruptError{Object: packLabel(p.id), Offset: p.bytes, Err: io.ErrUnexpectedEOF}
-		c.blameChunk(k, c.find(Finding{Object: p.name(), Offset: p.bytes, Err: err}))
+		n := c.find(Finding{Object: p.name(), Offset: p.bytes, Err: err})
+		c.frames[n] = true
+		c.blameChunk(k, n)
+	case !c.o.Scrub && c.h.inQuarantine(p.id, at.Off):
+		err := fault.Corrupt(packLabel(p.id), int64(at.Off), "an earlier check found this record damaged")
+		c.blameChunk(k, c.find(Finding{Object: p.name(), Offset: int64(at.Off), Err: err}))
 	}
 }
 

@@ -3,6 +3,7 @@ package repo
 import (
 	"bytes"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -35,6 +36,7 @@ func damagedRepo(t *testing.T) (*mem.Store, *history) {
 	if _, err := r.Begin(bg, SessionOptions{}); err != nil {
 		t.Fatal(err)
 	}
+	quarantineByHand(t, st, [32]byte{1, 2, 3}, 64)
 	return st.Clone(), h
 }
 
@@ -64,7 +66,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 			mustNotLie(t, bad, h, name, at)
 		}
 	}
-	for _, kind := range []string{"repo.json", "keys", "data", "idx", "man", "rp", "outcome", "session", "suspect", "vacuum"} {
+	for _, kind := range []string{"repo.json", "keys", "data", "idx", "man", "rp", "outcome", "session", "suspect", "vacuum", "quarantine"} {
 		if !kinds[kind] {
 			t.Errorf("the repository has no %s", kind)
 		}
@@ -85,7 +87,7 @@ func mustNotLie(t *testing.T, bad *mem.Store, h *history, name string, at int64)
 		t.Fatalf("%s flipped at %d: scrub: %v", name, at, err)
 	}
 	found := err != nil
-	for _, f := range rep.Findings {
+	for _, f := range slices.Concat(rep.Findings, rep.Unneeded) {
 		found = found || f.Object == name
 	}
 	if !found {

@@ -62,7 +62,7 @@ func parseHashName(name, prefix string) (id [32]byte, ok bool) {
 
 // holdings are the packs of the repository and where each chunk lies.
 type holdings struct {
-	vacuums string // what was under vacuum/ when this was loaded
+	state string // what was under vacuum/ and quarantine/ when this was loaded
 
 	mu       sync.RWMutex
 	packs    []heldPack
@@ -72,6 +72,8 @@ type holdings struct {
 	indexes  []blob.Object      // index objects that were read
 	findings []Finding          // what was wrong with the caches
 	planned  map[string]bool    // objects that a committed vacuum deletes
+
+	quarantine quarantine
 
 	table *index.Table
 }
@@ -113,16 +115,23 @@ func (r *Repository) reload(ctx context.Context, old *holdings) (*holdings, erro
 // load reads vacuum/ first: whatever a vacuum does after that, a session
 // will see another list there and load again.
 func (r *Repository) load(ctx context.Context) (*holdings, error) {
-	h := &holdings{byID: map[[32]byte]uint32{}, bad: map[index.Key]bool{}, planned: map[string]bool{}, table: new(index.Table)}
+	h := &holdings{byID: map[[32]byte]uint32{}, bad: map[index.Key]bool{}, planned: map[string]bool{}, quarantine: newQuarantine(), table: new(index.Table)}
 	vs, err := r.vacuums(ctx)
 	if err != nil {
 		return nil, err
 	}
 	for _, v := range vs {
-		h.vacuums += v.String()
+		h.state += v.String()
+		if v.damage != nil {
+			// Readers find what is there; writers are stopped by settle.
+			h.findings = append(h.findings, Finding{Object: outcomePrefix + v.id, Offset: -1, Err: v.damage})
+		}
 		for _, name := range v.outcome.Delete {
 			h.planned[name] = true
 		}
+	}
+	if err := r.loadQuarantine(ctx, h); err != nil {
+		return nil, err
 	}
 	for o, err := range r.st.List(ctx, packPrefix) {
 		if err != nil {
@@ -248,8 +257,8 @@ func (r *Repository) readPack(ctx context.Context, p heldPack) ([]byte, error) {
 	return b[:n], nil
 }
 
-// add notes the records of p, which overrule what was known of them unless p
-// is not sound.
+// add notes the records of p, which overrule what was known of them unless
+// that is to be relied on and p is not.
 func (h *holdings) add(p index.Pack) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -261,11 +270,9 @@ func (h *holdings) add(p index.Pack) {
 	} else if hp := &h.packs[n]; hp.state == packSound && hp.bytes < int64(p.Bytes) {
 		hp.state = packDamaged
 	}
-	state := h.packs[n].state
 	for _, e := range p.Entries {
-		h.table.Insert(e.Key, index.Place{Pack: n, Off: e.Off, CLen: e.CLen}, func(old index.Place) bool {
-			return state <= h.packs[old.Pack].state
-		})
+		at := index.Place{Pack: n, Off: e.Off, CLen: e.CLen}
+		h.table.Insert(e.Key, at, func(old index.Place) bool { return h.trust(at) <= h.trust(old) })
 		delete(h.bad, e.Key)
 	}
 }
@@ -279,7 +286,7 @@ func (h *holdings) stores(id chunk.ID) bool {
 	}
 	h.mu.RLock()
 	defer h.mu.RUnlock()
-	return h.packs[p.Pack].state == packSound && !h.bad[k]
+	return h.trust(p) == sound && !h.bad[k]
 }
 
 // find gives the place of chunk id.

@@ -110,10 +110,16 @@ func (r *Repository) decide(ctx context.Context, o outcome) (outcome, error) {
 type aVacuum struct {
 	id      string
 	outcome outcome
+	damage  error // why the outcome cannot be read, nil if it can
 }
 
 // String is different for every state that a vacuum can be in.
-func (v *aVacuum) String() string { return v.id + " " + v.outcome.State + "\n" }
+func (v *aVacuum) String() string {
+	if v.damage != nil {
+		return v.id + " damaged\n"
+	}
+	return v.id + " " + v.outcome.State + "\n"
+}
 
 // vacuums lists all vacuums that began and are not yet cleaned away.
 func (r *Repository) vacuums(ctx context.Context) (vs []aVacuum, err error) {
@@ -126,17 +132,26 @@ func (r *Repository) vacuums(ctx context.Context) (vs []aVacuum, err error) {
 			continue
 		}
 		out, err := r.outcomeOf(ctx, id)
-		if err != nil {
+		if err != nil && !errors.Is(err, fault.ErrCorrupt) {
 			return nil, err
 		}
-		vs = append(vs, aVacuum{id, out})
+		vs = append(vs, aVacuum{id, out, err})
 	}
 	return vs, nil
 }
 
+// replaceOutcome puts the outcome "revoked" in the place of a damaged one.
+func (r *Repository) replaceOutcome(ctx context.Context, of string) error {
+	b, err := object.Encode(outcome{Format: formatVersion, Of: of, State: revoked})
+	if err != nil {
+		return err
+	}
+	return put(ctx, r.st, outcomePrefix+of, b)
+}
+
 // settle makes sure that no vacuum that began before this session can delete
 // what the session will refer to: it revokes those that have not committed,
-// and loads the index again if one did.
+// and loads the index again if one did, or if a check found damage.
 func (r *Repository) settle(ctx context.Context) error {
 	vs, err := r.vacuums(ctx)
 	if err != nil {
@@ -144,6 +159,9 @@ func (r *Repository) settle(ctx context.Context) error {
 	}
 	state := ""
 	for _, v := range vs {
+		if v.damage != nil {
+			return fmt.Errorf("what a vacuum is deleting is not known: %w", v.damage)
+		}
 		if v.outcome.State == "" {
 			if v.outcome, err = r.decide(ctx, outcome{Of: v.id, State: revoked}); err != nil {
 				return err
@@ -151,11 +169,16 @@ func (r *Repository) settle(ctx context.Context) error {
 		}
 		state += v.String()
 	}
+	notes, err := r.quarantines(ctx)
+	if err != nil {
+		return err
+	}
+	state += strings.Join(notes, "\n")
 	h, err := r.held(ctx)
 	if err != nil {
 		return err
 	}
-	if h.vacuums != state {
+	if h.state != state {
 		_, err = r.reload(ctx, h)
 	}
 	return err

@@ -96,7 +96,7 @@ func (r *Repository) list(ctx context.Context) ([]*record, error) {
 	var unread error
 	err := r.eachRecord(ctx, func(name string, rec *record, err error) error {
 		if err != nil {
-			unread = errors.Join(unread, fmt.Errorf("restore point record %s: %w", name, err))
+			unread = errors.Join(unread, &RecordError{name, err})
 			return nil
 		}
 		recs = append(recs, rec)

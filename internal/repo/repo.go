@@ -176,13 +176,15 @@ type Info struct {
 	Passphrases int    `json:"passphrases"` // that open it
 	Recipients  int    `json:"recipients"`  // age recipients that open it
 	Points      int64  `json:"points"`
+	Unreadable  int64  `json:"unreadable_points,omitempty"` // whose records are damaged; not among Points
 	Packs       int64  `json:"packs"`
 	Chunks      int64  `json:"chunks"`       // unique
 	StoredBytes int64  `json:"stored_bytes"` // all objects
 	IndexBytes  int64  `json:"index_bytes"`  // memory that the index takes
 }
 
-// Info counts what is in the store; it lists every object.
+// Info counts what is in the store; it lists every object. If records of
+// restore points are damaged it gives all the rest together with an error.
 func (r *Repository) Info(ctx context.Context) (Info, error) {
 	in := Info{ID: r.ID(), Format: r.conf.Format, ChunkBytes: r.conf.ChunkBytes}
 	for o, err := range r.st.List(ctx, "") {
@@ -190,29 +192,42 @@ func (r *Repository) Info(ctx context.Context) (Info, error) {
 			return in, err
 		}
 		in.StoredBytes += o.Bytes
-		switch {
-		case strings.HasPrefix(o.Name, "data/"):
+		if strings.HasPrefix(o.Name, packPrefix) {
 			in.Packs++
-		case strings.HasPrefix(o.Name, keysPrefix):
-			k, err := r.readKey(ctx, o.Name)
-			switch {
-			case err != nil:
-			case k.Kind == kindAge:
-				in.Recipients++
-			default:
-				in.Passphrases++
-			}
 		}
 	}
-	recs, err := r.list(ctx)
-	if err != nil {
+	var err error
+	if in.Passphrases, in.Recipients, err = r.KeyCounts(ctx); err != nil {
 		return in, err
 	}
-	in.Points = int64(len(recs))
+	recs, unread := r.list(ctx)
+	if unread != nil && !errors.Is(unread, fault.ErrCorrupt) {
+		return in, unread
+	}
+	in.Points, in.Unreadable = int64(len(recs)), int64(len(UnreadRecords(unread)))
 	h, err := r.held(ctx)
 	if err != nil {
-		return in, err
+		return in, errors.Join(unread, err)
 	}
 	in.Chunks, in.IndexBytes = h.table.Len(), h.table.Bytes()
-	return in, nil
+	return in, unread
+}
+
+// KeyCounts says how many passphrases and how many age recipients open the
+// repository. Damaged keys are not counted.
+func (r *Repository) KeyCounts(ctx context.Context) (passphrases, recipients int, err error) {
+	for o, err := range r.st.List(ctx, keysPrefix) {
+		if err != nil {
+			return 0, 0, err
+		}
+		k, err := r.readKey(ctx, o.Name)
+		switch {
+		case err != nil:
+		case k.Kind == kindAge:
+			recipients++
+		default:
+			passphrases++
+		}
+	}
+	return passphrases, recipients, nil
 }

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
@@ -119,7 +120,7 @@ func (s *scrubber) object(ctx context.Context, o blob.Object) error {
 
 // ours says whether name is that of a small object of a repository.
 func ours(name string) bool {
-	for _, p := range []string{keysPrefix, pointPrefix, sessionPrefix, outcomePrefix, suspectPrefix, vacuumPrefix} {
+	for _, p := range []string{keysPrefix, pointPrefix, sessionPrefix, outcomePrefix, suspectPrefix, vacuumPrefix, quarantinePrefix} {
 		if strings.HasPrefix(name, p) {
 			return true
 		}
@@ -170,21 +171,24 @@ func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
 		case errors.Is(err, fault.ErrNotFound):
 			return nil
 		case err != nil:
+			if try == 0 && ctx.Err() == nil {
+				continue
+			}
 			if err := s.trouble(ctx, o.Name, err); err != nil {
 				return err
 			}
-			s.lost(p, nil, nil)
+			s.unreadable(p, err)
 			return nil
 		}
-		sound := seal.Hash(data) == id
-		if !sound && try == 0 {
+		same := seal.Hash(data) == id
+		if !same && try == 0 {
 			continue
 		}
 		good, damage := []pack.Entry(nil), []pack.Damage(nil)
-		if sound && !s.o.ReadData {
+		if same && !s.o.ReadData {
 			return nil
 		}
-		if good, damage = pack.Scan(data, s.r.id); !sound && len(damage) == 0 {
+		if good, damage = pack.Scan(data, s.r.id); !same && len(damage) == 0 {
 			damage = []pack.Damage{{Off: -1, Err: errors.New("content does not match its name")}}
 		}
 		if s.o.ReadData {
@@ -192,6 +196,10 @@ func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
 		}
 		if len(damage) > 0 {
 			s.lost(p, good, damage)
+		} else if s.o.ReadData {
+			s.mu.Lock()
+			s.whole[id] = true
+			s.mu.Unlock()
 		}
 		return nil
 	}
@@ -226,37 +234,59 @@ func (s *scrubber) open(data []byte, good []pack.Entry, damage []pack.Damage) ([
 	return opened, damage
 }
 
-// lost makes findings of the damage to a pack, and blames on them all chunks
+// lost makes a finding of the damage to a pack, and blames on it all chunks
 // that the index expects there and that are not among the good.
 func (s *scrubber) lost(p heldPack, good []pack.Entry, damage []pack.Damage) {
-	byOff := map[int64]int{}
-	first := -1
+	n, frame := 0, false
+	var records []uint32
 	for _, d := range damage {
 		err := &fault.CorruptError{Object: packLabel(p.id), Offset: d.Off, Err: d.Err}
-		byOff[d.Off] = s.find(Finding{Object: p.name(), Offset: d.Off, Err: err})
-		if first < 0 || d.Entry != nil {
-			first = byOff[d.Off]
+		n = s.find(Finding{Object: p.name(), Offset: d.Off, Err: err})
+		if d.Entry != nil {
+			records = append(records, d.Entry.Off)
+		} else {
+			frame = true
 		}
 	}
-	if first < 0 {
-		first = s.find(Finding{Object: p.name(), Offset: -1, Err: fault.Corrupt(packLabel(p.id), -1, "it cannot be read")})
+	records = append(records, s.blamePack(p, good, n)...)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.damaged.add(p.id, records...)
+	if frame {
+		s.frames[n] = true
 	}
-	n, ok := s.h.byID[p.id]
+}
+
+// unreadable blames all chunks in a pack on the error that reading it gave. It
+// goes into quarantine only if the medium itself is broken: other trouble may
+// pass.
+func (s *scrubber) unreadable(p heldPack, err error) {
+	n := s.find(Finding{Object: p.name(), Offset: -1, Err: err})
+	records := s.blamePack(p, nil, n)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.frames[n] = true
+	if errors.Is(err, fault.ErrCorrupt) || errors.Is(err, syscall.EIO) {
+		s.damaged.add(p.id, records...)
+	}
+}
+
+// blamePack blames on finding n what the index expects in p and what is not
+// among the good, and gives the offsets of those records.
+func (s *scrubber) blamePack(p heldPack, good []pack.Entry, n int) (records []uint32) {
+	in, ok := s.h.byID[p.id]
 	if !ok {
-		return // nothing refers to it
+		return nil // nothing refers to it
 	}
-	fine := map[uint32][16]byte{}
+	fine := map[uint32]index.Key{}
 	for _, e := range good {
 		fine[e.Off] = index.KeyOf(e.ID)
 	}
 	for k, at := range s.h.table.All() {
-		if at.Pack != n || fine[at.Off] == k {
-			continue
-		}
-		if f, ok := byOff[int64(at.Off)]; ok {
-			s.blameChunk(k, f)
-		} else {
-			s.blameChunk(k, first)
+		if at.Pack == in && fine[at.Off] != k {
+			records = append(records, at.Off)
+			s.blameChunk(k, n)
 		}
 	}
+	return records
 }

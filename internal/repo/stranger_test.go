@@ -12,6 +12,25 @@ import (
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
 )
 
+// Whoever asks how it is used is told, with nothing installed and nothing set.
+func TestTheStrangersHelp(t *testing.T) {
+	python, err := exec.LookPath("python3")
+	if err != nil {
+		if os.Getenv("BACKSTAY_MAY_NOT_SKIP") == "1" {
+			t.Fatal(err)
+		}
+		t.Skip("python3 is not installed")
+	}
+	for args, want := range map[string]string{"--help": "lists restore points", "": "lists restore points", "a b": "lists restore points", "nothere": "BACKSTAY_PASSWORD"} {
+		cmd := exec.Command(python, append([]string{"-S", "../../docs/format/restore.py"}, strings.Fields(args)...)...)
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+		out, err := cmd.CombinedOutput()
+		if (err == nil) != (args == "--help") || !strings.Contains(string(out), want) || strings.Contains(string(out), "Traceback") {
+			t.Errorf("%q: %v: %s", args, err, out)
+		}
+	}
+}
+
 // A reader that was written from docs/format in another language restores what
 // we stored, through a differential and without our index.
 func TestAStrangerRestores(t *testing.T) {
@@ -53,7 +72,8 @@ func TestAStrangerRestores(t *testing.T) {
 	if err := os.RemoveAll(filepath.Join(dir, "idx")); err != nil {
 		t.Fatal(err)
 	}
-	for ref, want := range map[string][]byte{p.Ref(): a, q.Ref(): b} {
+	restores := func(ref string, want []byte) {
+		t.Helper()
 		out := filepath.Join(t.TempDir(), "disk.raw")
 		cmd := exec.Command(python, "../../docs/format/restore.py", dir, ref, "vda", out)
 		cmd.Env = append(os.Environ(), "BACKSTAY_PASSWORD="+string(password.Reveal()))
@@ -65,4 +85,27 @@ func TestAStrangerRestores(t *testing.T) {
 			t.Errorf("%s: what came back differs: %v", ref, err)
 		}
 	}
+	restores(p.Ref(), a)
+	restores(q.Ref(), b)
+
+	// What was damaged and stored again is found where it lies now.
+	packs, err := filepath.Glob(filepath.Join(dir, "data/*/*"))
+	if err != nil || len(packs) == 0 {
+		t.Fatalf("%q, %v", packs, err)
+	}
+	for _, pack := range packs {
+		b, err := os.ReadFile(pack)
+		if err == nil {
+			b[64+100] ^= 1
+			err = os.WriteFile(pack, b, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := r.Check(bg, CheckOptions{Scrub: true}); err != nil {
+		t.Fatal(err)
+	}
+	mustBackup(t, r, "web02", a, nil, nil)
+	restores(p.Ref(), a)
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
@@ -19,6 +20,16 @@ import (
 
 // rewriteShare is from which percentage of dead bytes on a pack is rewritten.
 const rewriteShare = 30
+
+// What packs are joined. Every backup leaves a small one, and each is a name in
+// every listing and a request in every restore. Since many become one, a byte
+// is copied a few times in the life of a repository, and a bounded number at
+// once.
+const (
+	smallPackBytes = pack.TargetBytes / 4
+	manySmall      = 32
+	joinBytes      = 1 << 30 // in one vacuum
+)
 
 // fewIndexes is how many index objects are not worth being joined.
 const fewIndexes = 8
@@ -62,6 +73,7 @@ func (r *Repository) Vacuum(ctx context.Context, o VacuumOptions) (VacuumReport,
 				return v.report, err
 			}
 			defer release()
+			v.locked = true
 		}
 	}
 	if err := v.run(ctx); err != nil {
@@ -76,6 +88,7 @@ type vacuum struct {
 	o      VacuumOptions
 	report VacuumReport
 
+	locked   bool // no other vacuum lives
 	id       string
 	bin      [16]byte
 	sessions []string // that began before, all decided now
@@ -85,6 +98,7 @@ type vacuum struct {
 	marks    *index.Marks
 	live     []int64 // bytes of live records, by pack
 	kept     []int64 // bytes of a pack of nothing but those, by pack
+	homeless int     // chunks that live and are in no pack
 
 	dead, rewrite []uint32     // packs
 	fresh         []index.Pack // what was rewritten went here
@@ -107,6 +121,7 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 		return err
 	}
 	v.choose()
+	v.chooseSmall()
 	if v.o.DryRun {
 		return nil
 	}
@@ -178,6 +193,9 @@ func (v *vacuum) fence(ctx context.Context) (err error) {
 			continue
 		}
 		out, err := v.r.outcomeOf(ctx, id)
+		if errors.Is(err, fault.ErrCorrupt) {
+			out, err = v.mend(ctx, id, err)
+		}
 		if err != nil {
 			return err
 		}
@@ -208,6 +226,17 @@ func (v *vacuum) finishEarlier(ctx context.Context) error {
 	for _, e := range vs {
 		if e.id == v.id {
 			continue
+		}
+		if e.damage != nil {
+			// What it deletes is not known. Only the lock says that it is dead;
+			// what it left is found to be garbage once more.
+			if !v.locked {
+				return e.damage
+			}
+			if err := v.r.replaceOutcome(ctx, e.id); err != nil {
+				return err
+			}
+			e.outcome = outcome{Of: e.id, State: revoked}
 		}
 		if e.outcome.State == "" {
 			if e.outcome, err = v.r.decide(ctx, outcome{Of: e.id, State: revoked}); err != nil {
@@ -264,26 +293,34 @@ func (v *vacuum) mark(ctx context.Context) error {
 // markOne keeps a chunk. One that is in no pack is lost already; that is for
 // Check to say.
 func (v *vacuum) markOne(id chunk.ID) {
-	if p, _, fresh := v.marks.Mark(index.KeyOf(id)); fresh {
+	p, known, fresh := v.marks.Mark(index.KeyOf(id))
+	if !known || v.h.packs[p.Pack].state == packMissing {
+		v.homeless++
+	}
+	if fresh {
 		e := pack.Entry{CLen: p.CLen}
 		v.live[p.Pack] += e.Bytes()
 		v.kept[p.Pack] += e.Bytes() + pack.EntryBytes
 	}
 }
 
-// choose decides about each pack. Damaged ones stay: what is left in them may
-// be all that there is.
+// choose decides about each pack. Of damaged ones what lives is moved out too,
+// if all of it can be; but while some chunk is in no pack they stay, because
+// what is left in them may be all that there is.
 func (v *vacuum) choose() {
 	for i := range v.h.packs {
 		p, live := &v.h.packs[i], v.live[i]
 		waste := p.bytes - v.kept[i] - pack.FrameBytes
+		damaged := p.state == packDamaged || v.h.quarantined(p.id)
 		switch {
 		case p.state == packMissing:
-		case live == 0 && p.state == packSound:
+		case damaged && v.homeless > 0:
+			v.report.KeptWasteBytes += max(0, waste)
+		case live == 0:
 			v.dead = append(v.dead, uint32(i))
 			v.report.DeletedPacks++
 			v.report.FreedBytes += p.bytes
-		case p.state == packSound && waste*100 >= p.bytes*rewriteShare:
+		case damaged, waste*100 >= p.bytes*rewriteShare:
 			v.rewrite = append(v.rewrite, uint32(i))
 			v.report.RewrittenPacks++
 			v.report.RewrittenBytes += live
@@ -291,6 +328,34 @@ func (v *vacuum) choose() {
 		default:
 			v.report.KeptWasteBytes += max(0, waste)
 		}
+	}
+}
+
+// chooseSmall rewrites small packs too, if there are many.
+func (v *vacuum) chooseSmall() {
+	chosen := map[uint32]bool{}
+	for _, n := range slices.Concat(v.dead, v.rewrite) {
+		chosen[n] = true
+	}
+	var small []uint32
+	var bytes int64
+	for i := range v.h.packs {
+		p := &v.h.packs[i]
+		if !chosen[uint32(i)] && p.state == packSound && p.bytes < smallPackBytes && v.live[i] > 0 && bytes+p.bytes <= joinBytes && !v.h.quarantined(p.id) {
+			small = append(small, uint32(i))
+			bytes += p.bytes
+		}
+	}
+	if len(small) < manySmall {
+		return
+	}
+	for _, n := range small {
+		p, live := &v.h.packs[n], v.live[n]
+		v.rewrite = append(v.rewrite, n)
+		v.report.KeptWasteBytes -= max(0, p.bytes-v.kept[n]-pack.FrameBytes)
+		v.report.RewrittenPacks++
+		v.report.RewrittenBytes += live
+		v.report.FreedBytes += p.bytes - live
 	}
 }
 
@@ -318,7 +383,7 @@ func (v *vacuum) copyLive(ctx context.Context) error {
 	for i, n := range v.rewrite {
 		p := v.h.packs[n]
 		data, records, err := v.liveRecords(ctx, n)
-		if err != nil && !errors.Is(err, fault.ErrCorrupt) {
+		if err != nil && !errors.Is(err, fault.ErrCorrupt) && !errors.Is(err, syscall.EIO) {
 			return err
 		}
 		if err != nil {
@@ -358,6 +423,9 @@ func (v *vacuum) liveRecords(ctx context.Context, n uint32) (data []byte, live [
 	var bytes int64
 	for _, e := range good {
 		k := index.KeyOf(e.ID)
+		if v.h.inQuarantine(p.id, e.Off) {
+			continue // its checksum is right, and yet it cannot be opened
+		}
 		if at, ok := v.h.table.Lookup(k); ok && at.Pack == n && at.Off == e.Off && v.marks.Has(k) {
 			live = append(live, e)
 			bytes += e.Bytes()
@@ -467,9 +535,12 @@ func (v *vacuum) planRest(ctx context.Context) error {
 			v.plan = append(v.plan, o.Name)
 		}
 	}
+	goes := map[[32]byte]bool{}
 	for _, n := range slices.Concat(v.dead, v.rewrite) {
 		v.plan = append(v.plan, v.h.packs[n].name())
+		goes[v.h.packs[n].id] = true
 	}
+	v.planQuarantine(goes)
 	return nil
 }
 
