@@ -7,16 +7,33 @@ import (
 	"strings"
 )
 
-// newDescriptor writes the descriptor of a new disk of capacity bytes with one
-// extent, given as its line without the access and the size.
-func newDescriptor(variant string, capacity int64, access, extent string) string {
+// A description is what the descriptor of a new disk says.
+type description struct {
+	variant  string
+	capacity int64 // bytes
+	parent   parentLink
+	extents  []string // lines
+	thin     bool     // ESXi's word for a flat file with holes
+}
+
+// extentDescription is a line of the extent list.
+func extentDescription(access string, bytes int64, kind, name string) string {
+	line := fmt.Sprintf(`%s %d %s "%s"`, access, bytes/sector, kind, name)
+	if kind == "FLAT" {
+		line += " 0"
+	}
+	return line
+}
+
+// text makes a CID and a UUID for the disk and writes the descriptor.
+func (d description) text() string {
 	var id [16]byte
 	cid := uint32(noParent)
 	for cid >= noParent-1 { // both mean something else
 		rand.Read(id[:])
 		cid = binary.BigEndian.Uint32(id[12:])
 	}
-	cylinders, heads, sectors := geometry(capacity)
+	cylinders, heads, sectors := geometry(d.capacity)
 	var uuid [16]byte
 	rand.Read(uuid[:])
 	// VMware's own begin so; the rest tells one disk from another.
@@ -29,14 +46,15 @@ encoding="UTF-8"
 CID=%08x
 parentCID=%08x
 createType="%s"
-
-# Extent description
-%s %d %s
-
-# The Disk Data Base
-#DDB
-
-`, cid, uint32(noParent), variant, access, capacity/sector, extent)
+`, cid, d.parent.cid, d.variant)
+	if d.parent.cid != noParent {
+		fmt.Fprintf(&b, "parentFileNameHint=\"%s\"\n", d.parent.hint)
+	}
+	b.WriteString("\n# Extent description\n")
+	for _, line := range d.extents {
+		b.WriteString(line + "\n")
+	}
+	b.WriteString("\n# The Disk Data Base\n#DDB\n\n")
 	for _, kv := range [][2]string{
 		{"adapterType", "lsilogic"},
 		{"encoding", "UTF-8"},
@@ -44,10 +62,13 @@ createType="%s"
 		{"geometry.heads", fmt.Sprint(heads)},
 		{"geometry.sectors", fmt.Sprint(sectors)},
 		{"longContentID", fmt.Sprintf("%x", id)},
+		{"thinProvisioned", "1"},
 		{"uuid", fmt.Sprintf("% x-% x", uuid[:8], uuid[8:])},
 		{"virtualHWVersion", "10"},
 	} {
-		fmt.Fprintf(&b, "ddb.%s = \"%s\"\n", kv[0], kv[1])
+		if kv[0] != "thinProvisioned" || d.thin {
+			fmt.Fprintf(&b, "ddb.%s = \"%s\"\n", kv[0], kv[1])
+		}
 	}
 	return b.String()
 }

@@ -69,7 +69,7 @@ func parseDescriptor(object string, text []byte) (*descriptor, error) {
 		bad := func(format string, args ...any) error {
 			return fault.Corrupt(object, -1, "descriptor line %d: %w", n, fmt.Errorf(format, args...))
 		}
-		word, rest, _ := strings.Cut(line, " ")
+		word, rest := field(line)
 		switch access := strings.ToUpper(word); access {
 		case "RW", "RDONLY", "NOACCESS":
 			if len(d.extents) == maxExtents {
@@ -84,6 +84,9 @@ func parseDescriptor(object string, text []byte) (*descriptor, error) {
 			}
 			d.extents = append(d.extents, e)
 			continue
+		}
+		if likeExtent(rest) {
+			return nil, bad("an extent with the access %q", word)
 		}
 		key, value, ok := strings.Cut(line, "=")
 		if !ok {
@@ -104,6 +107,20 @@ func parseDescriptor(object string, text []byte) (*descriptor, error) {
 	}
 	return d, d.finish(object)
 }
+
+// likeExtent says whether rest is what follows the access word of an extent.
+// To pass over such a line would leave a piece out of the disk.
+func likeExtent(rest string) bool {
+	count, rest := field(rest)
+	if _, err := strconv.ParseInt(count, 10, 64); err != nil {
+		return false
+	}
+	kind, _ := field(rest)
+	return slices.Contains(extentKinds, strings.ToUpper(kind))
+}
+
+// extentKinds are the types of extents that VMware's programs write.
+var extentKinds = []string{"FLAT", "SPARSE", "ZERO", "VMFS", "VMFSSPARSE", "VMFSRDM", "VMFSRAW", "SESPARSE"}
 
 // finish gives the fields that readers ask for their types.
 func (d *descriptor) finish(object string) error {
@@ -189,16 +206,26 @@ func unquote(s string) string {
 	return s
 }
 
+// parentUUID is what VirtualBox says of the parent, empty for none. It writes
+// its layers without a CID or a file of the parent, so that they look whole.
+func (d *descriptor) parentUUID() string {
+	uuid := d.fields["ddb.uuid.parent"]
+	if strings.Trim(uuid, "0-") == "" {
+		return ""
+	}
+	return uuid
+}
+
 // refuse says why a disk that this descriptor describes cannot be read at all,
 // however sound it is.
 func (d *descriptor) refuse(object string) error {
 	no := func(why string) error { return fmt.Errorf("%s: %s: %w", object, why, fault.ErrUnsupported) }
 	for _, key := range slices.Sorted(maps.Keys(d.fields)) {
-		if strings.Contains(key, "keysafe") || strings.HasPrefix(key, "encryption.") {
+		if strings.Contains(key, "keysafe") || strings.HasPrefix(key, "encryption.") || key == "encryptionkeys" {
 			return no("the disk is encrypted by VMware")
 		}
 	}
-	if strings.Contains(strings.ToLower(d.fields["ddb.iofilters"]), "vmwcrypt") {
+	if strings.Contains(strings.ToLower(d.fields["ddb.iofilters"]), "crypt") {
 		return no("the disk is encrypted by VMware")
 	}
 	switch strings.ToLower(d.createType) {
@@ -213,6 +240,8 @@ func (d *descriptor) refuse(object string) error {
 			return no("it has an extent marked NOACCESS")
 		case e.kind == "VMFSRDM", e.kind == "VMFSRAW":
 			return no("a raw device mapping, whose data lie on a LUN and not in the file")
+		case strings.Contains(e.name, "://"): // vsan://, vvol://
+			return no(fmt.Sprintf("its data lie in the object %q and not in a file", e.name))
 		}
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"compress/bzip2"
 	"compress/gzip"
 	"context"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/imagetest"
 	"github.com/backstay/backstay/internal/image/vmdk"
@@ -121,15 +123,44 @@ func FuzzDescriptor(f *testing.F) {
 	})
 }
 
+// The bytes are what follows the head of a stream that has neither footer nor
+// directory, so that every marker is looked at.
+func FuzzStream(f *testing.F) {
+	good := made(f, image.CreateOptions{Variant: vmdk.StreamOptimized})
+	const first = 128 * 512
+	f.Add(good[first:])
+	f.Add(good[first : len(good)-1536])
+	f.Add(append(good[first:len(good)-1024:len(good)-1024], make([]byte, 512)...))
+	f.Fuzz(func(t *testing.T, tail []byte) {
+		p := append(good[:first:first], tail...)
+		img, err := openBytes(p, nil)
+		if err != nil {
+			if !errors.Is(err, fault.ErrCorrupt) && !errors.Is(err, fault.ErrUnsupported) {
+				t.Fatalf("an error of no class: %v", err)
+			}
+			return
+		}
+		defer img.Close()
+		buf := make([]byte, 100<<10)
+		for off := int64(0); off < img.Size(); off += int64(len(buf)) {
+			if _, err := img.ReadAt(buf, off); err != nil && err != io.EOF && !errors.Is(err, fault.ErrCorrupt) {
+				t.Fatalf("an error of no class: %v", err)
+			}
+		}
+	})
+}
+
 // Whatever is written reads back, and nothing else does.
 func FuzzRoundTrip(f *testing.F) {
 	f.Add(uint8(0), uint32(100000), uint64(1), []byte{1, 5, 2, 0, 9, 1})
 	f.Add(uint8(1), uint32(3<<20), uint64(2), []byte{0, 1, 0, 1})
 	f.Add(uint8(2), uint32(70000), uint64(3), []byte{0, 255})
+	f.Add(uint8(3), uint32(200000), uint64(4), []byte{1, 1, 1, 1})
+	f.Add(uint8(5), uint32(5000), uint64(5), []byte{0, 1})
 	f.Fuzz(func(t *testing.T, kind uint8, size uint32, seed uint64, steps []byte) {
 		size %= 8 << 20
 		disk := imagetest.NewDisk(seed, int64(size))
-		variant := []string{vmdk.MonolithicSparse, vmdk.MonolithicFlat, vmdk.StreamOptimized}[kind%3]
+		variant := vmdk.Variants[int(kind)%len(vmdk.Variants)]
 		dir, err := os.MkdirTemp("", "vmdk-fuzz")
 		if err != nil {
 			t.Fatal(err)

@@ -20,10 +20,14 @@ const (
 const (
 	flagNewlines   = 1 << 0 // the newline test bytes are there
 	flagRedundant  = 1 << 1 // the redundant grain directory is kept up
-	flagZeroGrains = 1 << 2 // grain table entry 1 means zeros
+	flagZeroGrains = 1 << 2 // zeroGrain means zeros
 	flagCompressed = 1 << 16
 	flagMarkers    = 1 << 17
 )
+
+// zeroGrain is a table's entry for a grain of zeros, and a directory's for a
+// table of them, where flagZeroGrains is set.
+const zeroGrain = 1
 
 const (
 	gdAtEnd         = ^uint64(0) // gdOffset of a header whose footer has the real one
@@ -141,11 +145,6 @@ func (h header) encode() []byte {
 	return b
 }
 
-// directoryEntries is how many grain tables the capacity needs.
-func (h header) directoryEntries() int64 {
-	return ceilDiv(ceilDiv(h.capacity, h.grain), h.tableSize)
-}
-
 func ceilDiv(a, b int64) int64 {
 	return a/b + min(a%b, 1)
 }
@@ -154,7 +153,7 @@ func ceilDiv(a, b int64) int64 {
 // damage.
 func readFull(f image.File, p []byte, off int64) error {
 	if off < 0 || off > f.Bytes()-int64(len(p)) {
-		return fault.Corrupt(f.Name(), off, "%d bytes are needed there, and the file ends at %d", len(p), f.Bytes())
+		return fault.Corrupt(f.Name(), off, "the file is truncated: %d bytes are needed there, and it ends at %d", len(p), f.Bytes())
 	}
 	n, err := f.ReadAt(p, off)
 	if n == len(p) {

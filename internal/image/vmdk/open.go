@@ -2,6 +2,7 @@ package vmdk
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -29,14 +30,29 @@ func Probe(f image.File) bool {
 }
 
 // isDescriptor says whether a file that begins with head is a descriptor. The
-// first line is the same in all that were seen; the blanks are not.
+// first line is the same in all that were seen; case and blanks are not.
 func isDescriptor(head []byte) bool {
 	head = bytes.TrimLeft(bytes.TrimPrefix(head, []byte("\xef\xbb\xbf")), " \t\r\n")
 	if !bytes.HasPrefix(head, []byte("#")) {
 		return false
 	}
 	line, _, _ := bytes.Cut(head[1:], []byte("\n"))
-	return strings.EqualFold(string(bytes.TrimSpace(line)), "Disk DescriptorFile")
+	return strings.EqualFold(strings.Join(strings.Fields(string(line)), ""), "DiskDescriptorFile")
+}
+
+// readsLikeDescriptor is for a file that was called a VMDK and whose first
+// line is somebody's own comment: the first setting tells.
+func readsLikeDescriptor(head []byte) bool {
+	for line := range bytes.Lines(head) {
+		line = bytes.TrimSpace(bytes.TrimPrefix(line, []byte("\xef\xbb\xbf")))
+		if len(line) == 0 || line[0] == '#' {
+			continue
+		}
+		key, value, _ := bytes.Cut(line, []byte("="))
+		value = bytes.TrimSpace(value)
+		return bytes.EqualFold(bytes.TrimSpace(key), []byte("version")) && len(value) == 1 && value[0] >= '1' && value[0] <= '4'
+	}
+	return false
 }
 
 // Open opens the VMDK in f, a descriptor or a file that has one in it, whose
@@ -86,7 +102,9 @@ func (b *builder) open() error {
 		err = b.openMonolithic(head)
 	case bytes.HasPrefix(head, []byte(magicCOWD)), bytes.HasPrefix(head, []byte(magicSESparse)):
 		err = fmt.Errorf("%s: a data file of a VMDK; open the small descriptor file beside it: %w", b.f.Name(), fault.ErrUnsupported)
-	case isDescriptor(head):
+	case bytes.HasPrefix(head, []byte(magicTracking)):
+		err = trackingMap(b.f.Name(), head)
+	case isDescriptor(head), readsLikeDescriptor(head):
 		err = b.openDescriptor()
 	default:
 		err = fault.Corrupt(b.f.Name(), 0, "no VMDK begins like this (a -flat file is opened through the descriptor beside it)")
@@ -95,10 +113,17 @@ func (b *builder) open() error {
 		return err
 	}
 	b.describe()
-	if b.desc.parentCID == noParent || b.o.OnlyTop {
-		return nil
+	switch hint := b.desc.parentHint; {
+	case b.desc.parentUUID() != "" && hint == "" && !b.o.OnlyTop:
+		return fmt.Errorf("%s: a VirtualBox layer over the disk with the UUID %s, whose file only VirtualBox knows: %w", b.f.Name(), b.desc.parentUUID(), fault.ErrUnsupported)
+	case b.desc.parentCID != noParent && !b.o.OnlyTop:
+		return b.openParent()
+	case b.desc.parentCID == noParent && hint != "" && b.desc.fields["parentcid"] == "":
+		return fault.Corrupt(b.f.Name(), -1, "its descriptor names the parent %q and not the parent's CID", hint)
+	case b.desc.parentCID == noParent && hint != "":
+		b.warn("its descriptor names %q, yet says that there is no parent: read as a whole disk", hint)
 	}
-	return b.openParent()
+	return nil
 }
 
 // openMonolithic opens a sparse extent that holds its own descriptor. The
@@ -173,8 +198,7 @@ func (b *builder) addExtents() error {
 			b.add(e.bytes, blank{})
 			continue
 		}
-		known := []string{"FLAT", "VMFS", "SPARSE", "VMFSSPARSE", "SESPARSE"}
-		if !slices.Contains(known, e.kind) {
+		if !slices.Contains(extentKinds, e.kind) {
 			return fmt.Errorf("%s: an extent of type %q: %w", name, e.kind, fault.ErrUnsupported)
 		}
 		if e.name == "" {
@@ -198,7 +222,16 @@ func (b *builder) resolve(name string) (image.File, error) {
 	if f, ok := b.byName[name]; ok {
 		return f, nil
 	}
-	f, err := b.o.Resolver.Resolve(name)
+	var f image.File
+	var err error
+	for _, spelling := range b.desc.extentSpellings(name, b.f.Name()) {
+		var again error
+		if f, again = b.o.Resolver.Resolve(spelling); again == nil {
+			err = nil
+			break
+		}
+		err = cmp.Or(err, again) // the name as it stands says most
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -230,6 +263,8 @@ func (b *builder) openExtent(f image.File, e extentLine) (layer, error) {
 		if h, err = parseHeader(f.Name(), 0, head); err == nil {
 			s, err = b.openSparse(f, h)
 		}
+	default:
+		return nil, fmt.Errorf("%s: an extent of type %q: %w", b.f.Name(), e.kind, fault.ErrUnsupported)
 	}
 	if err != nil {
 		return nil, err
@@ -237,6 +272,7 @@ func (b *builder) openExtent(f image.File, e extentLine) (layer, error) {
 	if s.capacity < e.bytes {
 		return nil, fault.Corrupt(f.Name(), -1, "an extent of %d bytes, and the descriptor says %d", s.capacity, e.bytes)
 	}
+	s.ready(len(b.desc.extents))
 	if b.d.info.BlockBytes == 0 {
 		b.d.info.BlockBytes = s.grain
 	}
@@ -246,9 +282,9 @@ func (b *builder) openExtent(f image.File, e extentLine) (layer, error) {
 // openSparse makes a layer of a hosted sparse extent.
 func (b *builder) openSparse(f image.File, h header) (s *sparse, err error) {
 	if h.overhead > f.Bytes() {
-		return nil, fault.Corrupt(f.Name(), -1, "its data begin at %d, and the file ends at %d", h.overhead, f.Bytes())
+		return nil, fault.Corrupt(f.Name(), -1, "the file is truncated: its data begin at %d, and it ends at %d", h.overhead, f.Bytes())
 	}
-	if h.gdOffset == -1 {
+	if h.gdOffset == -1 || h.gdOffset == 0 && h.markers() {
 		s, err = openStream(f, h)
 	} else {
 		s, err = openHosted(f, h)
@@ -256,6 +292,7 @@ func (b *builder) openSparse(f image.File, h header) (s *sparse, err error) {
 	if err != nil {
 		return nil, err
 	}
+	s.ready(1)
 	info := &b.d.info
 	info.Version, info.BlockBytes = int(h.version), h.grain
 	if h.compressed() {
@@ -288,10 +325,13 @@ func (b *builder) describe() {
 	if d.parentCID != noParent {
 		info.Parent, info.ParentFormat = d.parentHint, image.VMDK
 	}
+	if uuid := d.parentUUID(); uuid != "" && info.Parent == "" {
+		info.Parent = uuid
+	}
 	info.FormatDetails = map[string]string{}
 	for label, key := range map[string]string{
 		"adapter": "ddb.adaptertype", "hardware version": "ddb.virtualhwversion",
-		"content id": "ddb.longcontentid", "uuid": "ddb.uuid", "change tracking": "changetrackpath",
+		"content id": "ddb.longcontentid", "uuid": "ddb.uuid", "change tracking file": "changetrackpath",
 	} {
 		if v := d.fields[key]; v != "" {
 			info.FormatDetails[label] = v
@@ -317,7 +357,16 @@ func (b *builder) openParent() error {
 	if b.o.Parent == nil {
 		return fmt.Errorf("%s: parent %q: %w", name, hint, image.ErrNotAllowed)
 	}
-	parent, err := b.o.Parent(hint, image.VMDK)
+	var parent image.Image
+	var err error
+	for _, spelling := range b.desc.spellings(hint) {
+		var again error
+		if parent, again = b.o.Parent(spelling, image.VMDK); again == nil {
+			err = nil
+			break
+		}
+		err = cmp.Or(err, again)
+	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}

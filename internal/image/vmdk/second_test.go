@@ -42,7 +42,7 @@ func TestSevenZipReadsWhatWeWrite(t *testing.T) {
 	sevenZip := imagetest.Tool(t, "7z")
 	disk := imagetest.NewDisk(12, 40<<20)
 	want := imagetest.Hash(t, disk, disk.Size())
-	for _, variant := range []string{vmdk.MonolithicSparse, vmdk.MonolithicFlat, vmdk.StreamOptimized} {
+	for _, variant := range vmdk.Variants {
 		dir := t.TempDir()
 		path := filepath.Join(dir, "disk.vmdk")
 		writeDisk(t, path, disk, image.CreateOptions{Variant: variant})
@@ -72,7 +72,7 @@ func TestSevenZipReadsWhatWeWrite(t *testing.T) {
 func TestLibvmdkTakesOurDescriptors(t *testing.T) {
 	vmdkinfo := imagetest.Tool(t, "vmdkinfo")
 	disk := imagetest.NewDisk(12, 40<<20)
-	for _, variant := range []string{vmdk.MonolithicSparse, vmdk.MonolithicFlat, vmdk.StreamOptimized} {
+	for _, variant := range vmdk.Variants {
 		path := filepath.Join(t.TempDir(), "disk.vmdk")
 		writeDisk(t, path, disk, image.CreateOptions{Variant: variant})
 		out, err := exec.Command(vmdkinfo, path).CombinedOutput()

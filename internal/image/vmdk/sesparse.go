@@ -18,7 +18,7 @@ func openSESparse(f image.File) (*sparse, error) {
 	}
 	at := func(i int) uint64 { return binary.LittleEndian.Uint64(b[8*i:]) }
 	version, capacity, grain, table, flags := at(1), at(2), at(3), at(4), at(5)
-	directory, directorySize := at(16), at(17)
+	gd, gdSize := at(16), at(17)
 	tables, tablesSize, grains := at(18), at(19), at(24)
 	no := func(what string, v uint64) (*sparse, error) {
 		return nil, fmt.Errorf("%s: seSparse extent with %s %#x: %w", f.Name(), what, v, fault.ErrUnsupported)
@@ -42,7 +42,7 @@ func openSESparse(f image.File) (*sparse, error) {
 	if at(volatile+3) != 0 {
 		return nil, fmt.Errorf("%s: its journal was not replayed (the host or the copy was interrupted): %w", f.Name(), fault.ErrUnsupported)
 	}
-	for _, v := range []uint64{capacity, directory, directorySize, tables, tablesSize, grains} {
+	for _, v := range []uint64{capacity, gd, gdSize, tables, tablesSize, grains} {
 		if v > maxBytes/sector {
 			return nil, fault.Corrupt(f.Name(), 0, "seSparse header: a position of %d sectors", v)
 		}
@@ -50,14 +50,12 @@ func openSESparse(f image.File) (*sparse, error) {
 	s := &sparse{
 		file: f, object: f.Name(), capacity: int64(capacity) * sector, grain: 8 * sector,
 		perTable: 64 * sector / 8, entry: 8,
-		directory: int64(directory) * sector, redundant: -1,
-		tables: newCache(tableCacheBytes),
+		directory: &directory{base: int64(gd) * sector},
 	}
-	need := ceilDiv(ceilDiv(s.capacity, s.grain), s.perTable) * 8
-	if need > int64(directorySize)*sector {
-		return nil, fault.Corrupt(f.Name(), 0, "a grain directory of %d sectors for a disk that needs %d bytes", directorySize, need)
+	if need := s.tableCount() * 8; need > int64(gdSize)*sector {
+		return nil, fault.Corrupt(f.Name(), 0, "a grain directory of %d sectors for a disk that needs %d bytes", gdSize, need)
 	}
-	if err := s.checkDirectory(need); err != nil {
+	if err := s.checkDirectory(); err != nil {
 		return nil, err
 	}
 	s.tableAt = func(entry uint64) (int64, error) {

@@ -3,6 +3,8 @@ package vmdk
 import (
 	"cmp"
 	"encoding/binary"
+	"fmt"
+	"math"
 	"slices"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -22,7 +24,7 @@ const (
 )
 
 // A stream that lost its footer is indexed grain by grain up to this many,
-// which take 48 MiB of memory and are 256 GiB of disk.
+// which take 32 MiB of memory and are 256 GiB of disk.
 const maxScanned = 4 << 20
 
 // openStream makes a layer of an extent whose header leaves the directory's
@@ -74,10 +76,9 @@ func allZero(p []byte) bool {
 	return true
 }
 
-// A scanned grain is one that scan met.
+// A scanned grain is one that scan met: its number, and where it lies.
 type scanned struct {
-	index int64
-	off   int64
+	index, sector uint32
 }
 
 // scan follows the markers from the first grain to the end of the stream. It
@@ -89,7 +90,7 @@ func scan(f image.File, h header) (header, []scanned, error) {
 	off := h.overhead
 	for {
 		if off > f.Bytes()-sector {
-			return h, nil, fault.Corrupt(f.Name(), off, "the stream breaks off before its end marker")
+			return h, nil, fault.Corrupt(f.Name(), off, "the stream is truncated: it breaks off before its end marker")
 		}
 		if err := readFull(f, m[:], off); err != nil {
 			return h, nil, err
@@ -99,10 +100,11 @@ func scan(f image.File, h header) (header, []scanned, error) {
 			if size > 2*h.grain+4096 || value%uint64(h.grain/sector) != 0 || value >= uint64(h.capacity/sector) {
 				return h, nil, fault.Corrupt(f.Name(), off, "no marker of the stream: sector %d, %d bytes", value, size)
 			}
-			if len(grains) == maxScanned {
-				return h, nil, fault.Corrupt(f.Name(), off, "more than %d grains and no directory yet", maxScanned)
+			index := int64(value) * sector / h.grain
+			if len(grains) == maxScanned || index > math.MaxUint32 || off/sector > math.MaxUint32 {
+				return h, nil, fmt.Errorf("%s: a stream without a directory, of more than %d grains: %w", f.Name(), maxScanned, fault.ErrUnsupported)
 			}
-			grains = append(grains, scanned{int64(value) * sector / h.grain, off})
+			grains = append(grains, scanned{uint32(index), uint32(off / sector)})
 			off += ceilDiv(markerBytes+size, sector) * sector
 			continue
 		}
@@ -131,16 +133,15 @@ func indexed(f image.File, h header, grains []scanned) *sparse {
 	slices.SortStableFunc(grains, func(a, b scanned) int { return cmp.Compare(a.index, b.index) })
 	s := &sparse{
 		file: f, object: f.Name(), capacity: h.capacity, grain: h.grain,
-		perTable: h.tableSize, entry: 8, redundant: -1,
-		tables: newCache(tableCacheBytes),
+		perTable: h.tableSize, entry: 4,
 		packed: newPacked(true, h.grain),
+		index:  grains,
 	}
-	s.index = grains
 	s.grainAt = func(entry uint64) (image.Kind, int64, error) {
 		if entry == 0 {
 			return image.Absent, 0, nil
 		}
-		return image.Data, int64(entry), nil
+		return image.Data, int64(entry) * sector, nil
 	}
 	return s
 }
@@ -148,13 +149,13 @@ func indexed(f image.File, h header, grains []scanned) *sparse {
 // indexedTable makes table n out of the index, nil where it has nothing.
 func (s *sparse) indexedTable(n int64) []byte {
 	first := n * s.perTable
-	i, _ := slices.BinarySearchFunc(s.index, first, func(g scanned, v int64) int { return cmp.Compare(g.index, v) })
+	i, _ := slices.BinarySearchFunc(s.index, first, func(g scanned, v int64) int { return cmp.Compare(int64(g.index), v) })
 	var table []byte
-	for ; i < len(s.index) && s.index[i].index < first+s.perTable; i++ {
+	for ; i < len(s.index) && int64(s.index[i].index) < first+s.perTable; i++ {
 		if table == nil {
 			table = make([]byte, s.perTable*s.entry)
 		}
-		binary.LittleEndian.PutUint64(table[(s.index[i].index-first)*s.entry:], uint64(s.index[i].off))
+		binary.LittleEndian.PutUint32(table[(int64(s.index[i].index)-first)*s.entry:], s.index[i].sector)
 	}
 	return table
 }

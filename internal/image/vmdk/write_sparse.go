@@ -1,277 +1,168 @@
 package vmdk
 
 import (
-	"encoding/binary"
+	"errors"
 	"fmt"
-	"maps"
-	"math/bits"
-	"os"
-	"slices"
-	"sync"
 
-	"github.com/backstay/backstay/internal/chunk"
-	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
 )
 
-// The tables of a disk that is written in any order are kept in memory up to
-// this many of 2 KiB each; each is for 32 MiB of a disk with usual grains.
-const maxTablesKept = 8192
+const descriptorRoom = descriptorSectors * sector
 
-// A sparseWriter writes a monolithicSparse disk:
-//
-//	header | descriptor | directory and tables, redundant | the same again | grains
-//
-// All tables have their place, as VMware's own have, so that a directory is
-// known from the start and the tables of empty parts are holes in the file.
-// Grains lie in the order in which they were written.
+// A sparseWriter writes a monolithicSparse disk, or a layer over a parent: one
+// sparse extent with the descriptor in it.
 type sparseWriter struct {
-	file     *os.File
-	name     string
-	size     int64 // bytes that may be written
-	capacity int64
-	grain    int64
-	layout   sparseLayout
-
-	mu     sync.Mutex
-	end    int64 // where the next grain goes
-	tables map[int64][]byte
-	failed error
+	extent *sparseExtent
+	text   string
+	size   int64 // bytes that may be written
 	closed bool
 }
 
-// A sparseLayout is where everything lies, in bytes.
-type sparseLayout struct {
-	tables             int64 // how many
-	redundant, primary int64 // the two directories, their tables behind them
-	grains             int64
-}
-
-func newSparseLayout(capacity, grain int64) sparseLayout {
-	l := sparseLayout{tables: ceilDiv(ceilDiv(capacity, grain), entriesPerTable)}
-	one := l.directoryBytes() + l.tables*entriesPerTable*4
-	l.redundant = (1 + descriptorSectors) * sector
-	l.primary = l.redundant + one
-	l.grains = ceilDiv(l.primary+one, grain) * grain
-	return l
-}
-
-func (l sparseLayout) directoryBytes() int64 { return ceilDiv(l.tables*4, sector) * sector }
-
-// table is where table n lies that belongs to the directory at base.
-func (l sparseLayout) table(base, n int64) int64 {
-	return base + l.directoryBytes() + n*entriesPerTable*4
-}
-
-func newSparseWriter(fs Files, o image.CreateOptions) (*sparseWriter, error) {
-	if err := plainOnly(o); err != nil {
+func newSparseWriter(fs Files, o image.CreateOptions, parent parentLink) (*sparseWriter, error) {
+	grain, err := grainSize(o.BlockBytes)
+	if err != nil {
 		return nil, err
-	}
-	grain := o.BlockBytes
-	if grain == 0 {
-		grain = usualGrain
-	}
-	if grain < 4<<10 || grain > 1<<20 || bits.OnesCount64(uint64(grain)) != 1 {
-		return nil, fmt.Errorf("a VMDK with grains of %d bytes: take a power of two, best 64 KiB", grain)
 	}
 	capacity := ceilDiv(o.VirtualBytes, sector) * sector
-	w := &sparseWriter{
-		file: fs.Disk, name: fs.Name, size: o.VirtualBytes, capacity: capacity, grain: grain,
-		layout: newSparseLayout(capacity, grain), tables: map[int64][]byte{},
+	text := description{
+		variant: MonolithicSparse, capacity: capacity, parent: parent,
+		extents: []string{extentDescription("RW", capacity, "SPARSE", fs.Name)},
+	}.text()
+	if len(text) > descriptorRoom {
+		return nil, fmt.Errorf("the names %q and %q are too long for a descriptor", fs.Name, parent.hint)
 	}
-	w.end = w.layout.grains
-	if w.end > maxSparseFile/2 {
-		return nil, fmt.Errorf("a sparse VMDK of %d bytes: %w; %s holds it", capacity, fault.ErrUnsupported, MonolithicFlat)
-	}
-	if err := fs.Disk.Truncate(0); err != nil {
+	e, err := newSparseExtent(fs.Disk, capacity, grain, descriptorRoom)
+	if err != nil {
 		return nil, err
 	}
-	// From here on every table can be read, as zeros.
-	return w, fs.Disk.Truncate(w.layout.grains)
+	e.layer = parent.cid != noParent
+	return &sparseWriter{extent: e, text: text, size: o.VirtualBytes}, nil
 }
 
-func (w *sparseWriter) Unit() int64   { return w.grain }
+func (w *sparseWriter) Unit() int64   { return w.extent.grain }
 func (w *sparseWriter) Ordered() bool { return false }
 
-// WriteAt writes the grains of p that are not zero.
+// Warnings says what the disk has that was not asked for.
+func (w *sparseWriter) Warnings() []string { return grown(w.size, w.extent.capacity, wholeSectors) }
+
+// WriteAt writes the grains of p. Those that are zero take no room.
 func (w *sparseWriter) WriteAt(p []byte, off int64) (int, error) {
-	if err := checkRange(off, int64(len(p)), w.size, w.grain); err != nil {
+	if err := checkRange(off, int64(len(p)), w.size, w.extent.grain); err != nil {
 		return 0, err
 	}
-	for done := 0; done < len(p); {
-		// A run of grains that are not zero is written at once.
-		n := done
-		for n < len(p) {
-			end := min(n+int(w.grain), len(p))
-			if chunk.IsZero(p[n:end]) {
-				break
-			}
-			n = end
-		}
-		if n == done {
-			done = min(done+int(w.grain), len(p))
-			continue
-		}
-		if err := w.writeGrains(p[done:n], off+int64(done)); err != nil {
-			return done, err
-		}
-		done = n
-	}
-	return len(p), nil
+	return w.extent.write(p, off)
 }
 
-// checkRange holds a range to the promise that callers of WriteAt give.
-func checkRange(off, n, size, unit int64) error {
-	switch {
-	case off < 0 || off > size || n > size-off:
-		return fmt.Errorf("write of %d bytes at %d to a disk of %d", n, off, size)
-	case off%unit != 0 || n%unit != 0 && off+n != size:
-		return fmt.Errorf("write of %d bytes at %d is not in units of %d", n, off, unit)
-	}
-	return nil
-}
-
-func (w *sparseWriter) writeGrains(p []byte, off int64) error {
-	count := ceilDiv(int64(len(p)), w.grain)
-	w.mu.Lock()
-	where := w.end
-	if where > maxSparseFile-count*w.grain {
-		w.mu.Unlock()
-		return fmt.Errorf("a sparse VMDK file of more than 2 TiB: %w; %s holds it", fault.ErrUnsupported, MonolithicFlat)
-	}
-	w.end += count * w.grain
-	w.mu.Unlock()
-	if _, err := w.file.WriteAt(p, where); err != nil {
-		return w.fail(err)
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for i := range count {
-		if err := w.setEntry(off/w.grain+i, uint32((where+i*w.grain)/sector)); err != nil {
-			w.failed = err
-			return err
-		}
-	}
-	return nil
-}
-
-// fail makes sure that no Finish calls an image good that a write failed in.
-func (w *sparseWriter) fail(err error) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.failed = err
-	return err
-}
-
-// setEntry enters grain index into its table. The caller holds mu.
-func (w *sparseWriter) setEntry(index int64, value uint32) error {
-	n := index / entriesPerTable
-	table := w.tables[n]
-	if table == nil {
-		if len(w.tables) >= maxTablesKept {
-			if err := w.dropOne(); err != nil {
-				return err
-			}
-		}
-		table = make([]byte, entriesPerTable*4)
-		// It may have been here before.
-		if _, err := w.file.ReadAt(table, w.layout.table(w.layout.primary, n)); err != nil {
-			return err
-		}
-		w.tables[n] = table
-	}
-	binary.LittleEndian.PutUint32(table[index%entriesPerTable*4:], value)
-	return nil
-}
-
-// dropOne writes some table to its two places and forgets it.
-func (w *sparseWriter) dropOne() error {
-	for n := range w.tables {
-		return w.flush(n)
-	}
-	return nil
-}
-
-func (w *sparseWriter) flush(n int64) error {
-	for _, base := range []int64{w.layout.redundant, w.layout.primary} {
-		if _, err := w.file.WriteAt(w.tables[n], w.layout.table(base, n)); err != nil {
-			return err
-		}
-	}
-	delete(w.tables, n)
-	return nil
-}
-
-// Finish writes the tables and the directories, and the header once they are
-// durable: until then the file is no VMDK.
+// Finish makes the file a VMDK.
 func (w *sparseWriter) Finish() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	switch {
-	case w.failed != nil:
-		return fmt.Errorf("an earlier write failed: %w", w.failed)
-	case w.closed:
+	if w.closed {
 		return nil
 	}
-	if err := w.finish(); err != nil {
-		w.failed = err
+	if err := w.extent.finish(w.text); err != nil {
 		return err
 	}
 	w.closed = true
-	if err := w.file.Close(); err != nil {
+	if err := w.extent.file.Close(); err != nil {
 		return err
 	}
-	return image.SyncDir(w.file.Name())
-}
-
-func (w *sparseWriter) finish() error {
-	for _, n := range slices.Sorted(maps.Keys(w.tables)) {
-		if err := w.flush(n); err != nil {
-			return err
-		}
-	}
-	for _, base := range []int64{w.layout.redundant, w.layout.primary} {
-		dir := make([]byte, w.layout.tables*4)
-		for n := range w.layout.tables {
-			binary.LittleEndian.PutUint32(dir[n*4:], uint32(w.layout.table(base, n)/sector))
-		}
-		if _, err := w.file.WriteAt(dir, base); err != nil {
-			return err
-		}
-	}
-	text := newDescriptor(MonolithicSparse, w.capacity, "RW", `SPARSE "`+w.name+`"`)
-	if len(text) > descriptorSectors*sector {
-		return fmt.Errorf("the name %q is too long for a descriptor", w.name)
-	}
-	if _, err := w.file.WriteAt([]byte(text), sector); err != nil {
-		return err
-	}
-	// The last grain is whole even where the disk ends in it.
-	if err := w.file.Truncate(w.end); err != nil {
-		return err
-	}
-	if err := w.file.Sync(); err != nil {
-		return err
-	}
-	h := header{
-		version: 1, flags: flagNewlines | flagRedundant,
-		capacity: w.capacity, grain: w.grain, tableSize: entriesPerTable,
-		descOffset: sector, descBytes: descriptorSectors * sector,
-		rgdOffset: w.layout.redundant, gdOffset: w.layout.primary, overhead: w.layout.grains,
-	}
-	if _, err := w.file.WriteAt(h.encode(), 0); err != nil {
-		return err
-	}
-	return w.file.Sync()
+	return image.SyncDir(w.extent.file.Name())
 }
 
 // Close closes the file, which is no VMDK unless Finish returned nil.
 func (w *sparseWriter) Close() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	if w.closed {
 		return nil
 	}
 	w.closed = true
-	return w.file.Close()
+	return w.extent.file.Close()
+}
+
+// A splitWriter writes a twoGbMaxExtentSparse disk: sparse extents without
+// descriptors, and the descriptor in a file of its own.
+type splitWriter struct {
+	extents  []*sparseExtent
+	files    Files
+	text     string
+	size     int64
+	capacity int64
+	closed   bool
+}
+
+func newSplitWriter(fs Files, o image.CreateOptions) (*splitWriter, error) {
+	grain, err := grainSize(o.BlockBytes)
+	if err != nil {
+		return nil, err
+	}
+	capacity := ceilDiv(o.VirtualBytes, sector) * sector
+	if capacity > splitTooBig {
+		return nil, tooManyPieces(capacity)
+	}
+	w := &splitWriter{files: fs, size: o.VirtualBytes, capacity: capacity}
+	d := description{variant: SplitSparse, capacity: capacity, parent: parentLink{cid: noParent}}
+	pieces := max(ceilDiv(capacity, splitBytes), 1)
+	for i := range pieces {
+		name := SplitName(fs.Name, int(i), false)
+		f, err := fs.Extra(name)
+		if err != nil {
+			return nil, err
+		}
+		bytes := min(splitBytes, capacity-i*splitBytes)
+		e, err := newSparseExtent(f, bytes, grain, 0)
+		if err != nil {
+			return nil, err
+		}
+		e.keep = int(max(maxTablesKept/pieces, 8))
+		w.extents = append(w.extents, e)
+		d.extents = append(d.extents, extentDescription("RW", bytes, "SPARSE", name))
+	}
+	w.text = d.text()
+	return w, nil
+}
+
+func (w *splitWriter) Unit() int64   { return w.extents[0].grain }
+func (w *splitWriter) Ordered() bool { return false }
+
+// Warnings says what the disk has that was not asked for.
+func (w *splitWriter) Warnings() []string { return grown(w.size, w.capacity, wholeSectors) }
+
+// WriteAt writes the grains of p that are not zero.
+func (w *splitWriter) WriteAt(p []byte, off int64) (int, error) {
+	if err := checkRange(off, int64(len(p)), w.size, w.Unit()); err != nil {
+		return 0, err
+	}
+	return inPieces(p, off, splitBytes, func(i int64, p []byte, off int64) (int, error) { return w.extents[i].write(p, off) })
+}
+
+// Finish makes the extents whole and durable and then writes the descriptor.
+func (w *splitWriter) Finish() error {
+	if w.closed {
+		return nil
+	}
+	for _, e := range w.extents {
+		if err := e.finish(""); err != nil {
+			return err
+		}
+	}
+	if err := writeDescriptor(w.files, w.text); err != nil {
+		return err
+	}
+	w.closed = true
+	var errs []error
+	for _, e := range w.extents {
+		errs = append(errs, e.file.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Close closes all files.
+func (w *splitWriter) Close() error {
+	if w.closed {
+		return nil
+	}
+	w.closed = true
+	errs := []error{w.files.Disk.Close()}
+	for _, e := range w.extents {
+		errs = append(errs, e.file.Close())
+	}
+	return errors.Join(errs...)
 }

@@ -23,16 +23,19 @@ import (
 // behind the descriptor.
 const streamOverhead = 128 * sector
 
-// A streamWriter writes a streamOptimized disk, as VMware's OVF tools do:
+// A Stream writes a streamOptimized disk into a part of a file, as VMware's
+// OVF tools do:
 //
 //	header | descriptor | grains, after the last of 512 their table | … | directory | footer | end
 //
-// Grains are compressed in parallel and written in order. The head of the file
-// says that the directory's place is in the footer, so that nothing but the
-// header, which makes the file valid, is written out of order.
-type streamWriter struct {
+// Grains are compressed in parallel and written in order. The head of the
+// stream says that the directory's place is in the footer, so that all of it
+// is known from the start; it makes the stream valid and is written last, by
+// Commit. WriteAt is for one goroutine, with ascending offsets.
+type Stream struct {
 	file     *os.File
-	name     string
+	base     int64 // where in file the stream begins
+	head     []byte
 	size     int64 // bytes that may be written
 	capacity int64
 	level    int
@@ -44,15 +47,19 @@ type streamWriter struct {
 
 	failed atomic.Pointer[error]
 	stop   sync.Once
-	closed bool
+	closed atomic.Bool // nothing more is taken
 
-	// Of the goroutine that writes, and of Finish after it has ended:
+	// Of the goroutine that writes, and of End after it has ended:
 	out       *bufio.Writer
-	at        int64  // where out is in the file
-	table     []byte // of the grains since the last table
+	at        int64  // where out is in the stream
+	grains    int64  // written
+	table     []byte // of those since the last table
 	tableN    int64
 	directory []byte
 }
+
+// usualLevel of compression is zlib's own default.
+const usualLevel = 6
 
 // A streamJob is a grain on its way.
 type streamJob struct {
@@ -67,7 +74,10 @@ var streamJobs = sync.Pool{New: func() any {
 	return &streamJob{plain: make([]byte, usualGrain), done: make(chan struct{}, 1)}
 }}
 
-func newStreamWriter(fs Files, o image.CreateOptions) (*streamWriter, error) {
+// NewStream begins a stream at base of file, which has nothing there; name is
+// what its descriptor calls it. What Commit makes of it is also given to sum,
+// from the first byte to the last, if sum is not nil.
+func NewStream(file *os.File, base int64, name string, o image.CreateOptions, sum io.Writer) (*Stream, error) {
 	switch {
 	case o.Compression != "" && o.Compression != "zlib":
 		return nil, fmt.Errorf("a VMDK is compressed by zlib alone, not by %s", o.Compression)
@@ -77,23 +87,35 @@ func newStreamWriter(fs Files, o image.CreateOptions) (*streamWriter, error) {
 		return nil, fmt.Errorf("a streamOptimized VMDK has grains of 64 KiB, not of %d bytes", o.BlockBytes)
 	}
 	if o.Level == 0 {
-		o.Level = zlib.DefaultCompression
+		o.Level = usualLevel
 	}
 	// VirtualBox takes no stream whose capacity is not whole grains.
 	capacity := ceilDiv(o.VirtualBytes, usualGrain) * usualGrain
-	if err := fs.Disk.Truncate(0); err != nil {
-		return nil, err
+	text := description{
+		variant: StreamOptimized, capacity: capacity, parent: parentLink{cid: noParent},
+		extents: []string{extentDescription("RDONLY", capacity, "SPARSE", name)},
+	}.text()
+	if len(text) > descriptorRoom {
+		return nil, fmt.Errorf("the name %q is too long for a descriptor", name)
 	}
 	workers := runtime.GOMAXPROCS(0)
-	w := &streamWriter{
-		file: fs.Disk, name: fs.Name, size: o.VirtualBytes, capacity: capacity, level: o.Level,
+	w := &Stream{
+		file: file, base: base, head: make([]byte, streamOverhead),
+		size: o.VirtualBytes, capacity: capacity, level: o.Level,
 		jobs: make(chan *streamJob, 4*workers), queue: make(chan *streamJob, 8*workers),
 		ended:     make(chan struct{}),
-		out:       bufio.NewWriterSize(io.NewOffsetWriter(fs.Disk, streamOverhead), 1<<20),
 		at:        streamOverhead,
 		tableN:    -1,
 		directory: make([]byte, ceilDiv(ceilDiv(capacity, usualGrain), entriesPerTable)*4),
 	}
+	copy(w.head, w.header().encode())
+	copy(w.head[sector:], text)
+	to := io.Writer(io.NewOffsetWriter(file, base+streamOverhead))
+	if sum != nil {
+		sum.Write(w.head)
+		to = io.MultiWriter(to, sum)
+	}
+	w.out = bufio.NewWriterSize(to, 1<<20)
 	var packers sync.WaitGroup
 	for range workers {
 		packers.Go(w.pack)
@@ -106,19 +128,39 @@ func newStreamWriter(fs Files, o image.CreateOptions) (*streamWriter, error) {
 	return w, nil
 }
 
-func (w *streamWriter) Unit() int64   { return usualGrain }
-func (w *streamWriter) Ordered() bool { return true }
+func (w *Stream) header() header {
+	return header{
+		version: 3, flags: flagNewlines | flagCompressed | flagMarkers,
+		capacity: w.capacity, grain: usualGrain, tableSize: entriesPerTable,
+		descOffset: sector, descBytes: descriptorRoom,
+		gdOffset: -1, overhead: streamOverhead,
+	}
+}
+
+// Capacity is the size of the disk in bytes: whole grains.
+func (w *Stream) Capacity() int64 { return w.capacity }
+
+// Populated is how many bytes of the disk are in the stream, once it has ended.
+func (w *Stream) Populated() int64 { return w.grains * usualGrain }
+
+// Warnings says what the disk has that was not asked for.
+func (w *Stream) Warnings() []string {
+	return grown(w.size, w.capacity, "a streamOptimized VMDK has whole grains of 64 KiB")
+}
+
+func (w *Stream) Unit() int64   { return usualGrain }
+func (w *Stream) Ordered() bool { return true }
 
 // WriteAt takes the grains of p that are not zero. An error may belong to an
 // earlier write.
-func (w *streamWriter) WriteAt(p []byte, off int64) (int, error) {
+func (w *Stream) WriteAt(p []byte, off int64) (int, error) {
 	if err := checkRange(off, int64(len(p)), w.size, usualGrain); err != nil {
 		return 0, err
 	}
 	if off < w.next {
 		return 0, fmt.Errorf("write at %d behind %d: a stream is written in order", off, w.next)
 	}
-	if w.closed {
+	if w.closed.Load() {
 		return 0, os.ErrClosed
 	}
 	for done := 0; done < len(p); {
@@ -140,7 +182,7 @@ func (w *streamWriter) WriteAt(p []byte, off int64) (int, error) {
 }
 
 // pack compresses grains until there are no more.
-func (w *streamWriter) pack() {
+func (w *Stream) pack() {
 	z, err := zlib.NewWriterLevel(io.Discard, w.level)
 	for j := range w.jobs {
 		j.packed.Reset()
@@ -156,7 +198,7 @@ func (w *streamWriter) pack() {
 
 // write writes grains in order until there are no more. After an error it
 // only takes them off the queue.
-func (w *streamWriter) write() {
+func (w *Stream) write() {
 	for j := range w.queue {
 		<-j.done
 		if w.failed.Load() == nil {
@@ -168,7 +210,7 @@ func (w *streamWriter) write() {
 	}
 }
 
-func (w *streamWriter) writeGrain(j *streamJob) error {
+func (w *Stream) writeGrain(j *streamJob) error {
 	if n := j.index / entriesPerTable; n != w.tableN {
 		if err := w.writeTable(); err != nil {
 			return err
@@ -179,6 +221,7 @@ func (w *streamWriter) writeGrain(j *streamJob) error {
 	if err != nil {
 		return err
 	}
+	w.grains++
 	binary.LittleEndian.PutUint32(w.table[j.index%entriesPerTable*4:], place)
 	var m [markerBytes]byte
 	binary.LittleEndian.PutUint64(m[:], uint64(j.index*usualGrain/sector))
@@ -187,7 +230,7 @@ func (w *streamWriter) writeGrain(j *streamJob) error {
 }
 
 // sectorNumber is where the next thing goes, in sectors.
-func (w *streamWriter) sectorNumber() (uint32, error) {
+func (w *Stream) sectorNumber() (uint32, error) {
 	if w.at >= maxSparseFile {
 		return 0, fmt.Errorf("a streamOptimized VMDK file of more than 2 TiB: %w", fault.ErrUnsupported)
 	}
@@ -195,7 +238,7 @@ func (w *streamWriter) sectorNumber() (uint32, error) {
 }
 
 // put writes the parts one behind the other and fills the last sector.
-func (w *streamWriter) put(parts ...[]byte) error {
+func (w *Stream) put(parts ...[]byte) error {
 	n := 0
 	for _, p := range parts {
 		if _, err := w.out.Write(p); err != nil {
@@ -211,7 +254,7 @@ func (w *streamWriter) put(parts ...[]byte) error {
 }
 
 // putMarked writes a metadata marker and p behind it.
-func (w *streamWriter) putMarked(kind uint32, p []byte) error {
+func (w *Stream) putMarked(kind uint32, p []byte) error {
 	var m [sector]byte
 	binary.LittleEndian.PutUint64(m[:], uint64(ceilDiv(int64(len(p)), sector)))
 	binary.LittleEndian.PutUint32(m[12:], kind)
@@ -219,7 +262,7 @@ func (w *streamWriter) putMarked(kind uint32, p []byte) error {
 }
 
 // writeTable writes the table of the grains written last, if any.
-func (w *streamWriter) writeTable() error {
+func (w *Stream) writeTable() error {
 	if w.tableN < 0 {
 		return nil
 	}
@@ -232,7 +275,7 @@ func (w *streamWriter) writeTable() error {
 }
 
 // drain waits until all that was taken is written.
-func (w *streamWriter) drain() {
+func (w *Stream) drain() {
 	w.stop.Do(func() {
 		close(w.jobs)
 		close(w.queue)
@@ -240,72 +283,97 @@ func (w *streamWriter) drain() {
 	<-w.ended
 }
 
-// Finish writes the rest of the stream, and the header once that is durable.
-func (w *streamWriter) Finish() error {
-	if w.closed {
-		return nil
-	}
+// End writes the rest of the stream but for its head, and gives the length of
+// all of it in bytes. Nothing can be written any longer.
+func (w *Stream) End() (int64, error) {
+	w.closed.Store(true)
 	w.drain()
 	if err := w.failed.Load(); err != nil {
-		return fmt.Errorf("an earlier write failed: %w", *err)
+		return 0, fmt.Errorf("an earlier write failed: %w", *err)
 	}
-	if err := w.finish(); err != nil {
+	err := w.end()
+	if err != nil {
 		w.failed.Store(&err)
+	}
+	return w.at, err
+}
+
+func (w *Stream) end() error {
+	if err := w.writeTable(); err != nil {
 		return err
 	}
-	w.closed = true
+	foot := w.header()
+	foot.gdOffset = w.at + sector
+	if _, err := w.sectorNumber(); err != nil {
+		return err
+	}
+	return errors.Join(
+		w.putMarked(markerDirectory, w.directory),
+		w.putMarked(markerFooter, foot.encode()),
+		w.putMarked(markerEnd, nil),
+		w.out.Flush())
+}
+
+// Commit writes the head. The caller has made what comes before it durable.
+func (w *Stream) Commit() error {
+	_, err := w.file.WriteAt(w.head, w.base)
+	return err
+}
+
+// Stop gives up: nothing works any longer when it returns.
+func (w *Stream) Stop() {
+	w.closed.Store(true)
+	w.drain()
+}
+
+// A streamWriter writes a streamOptimized disk to a file of its own.
+type streamWriter struct {
+	*Stream
+	finished, released bool
+}
+
+func newStreamWriter(fs Files, o image.CreateOptions) (*streamWriter, error) {
+	if err := fs.Disk.Truncate(0); err != nil {
+		return nil, err
+	}
+	s, err := NewStream(fs.Disk, 0, fs.Name, o, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &streamWriter{Stream: s}, nil
+}
+
+// Finish writes the rest of the stream, and the head once that is durable.
+func (w *streamWriter) Finish() error {
+	if w.finished || w.released {
+		return nil
+	}
+	if _, err := w.End(); err != nil {
+		return err
+	}
+	if err := w.file.Sync(); err != nil {
+		return err
+	}
+	if err := w.Commit(); err != nil {
+		return err
+	}
+	if err := w.file.Sync(); err != nil {
+		return err
+	}
+	w.finished, w.released = true, true
 	if err := w.file.Close(); err != nil {
 		return err
 	}
 	return image.SyncDir(w.file.Name())
 }
 
-func (w *streamWriter) finish() error {
-	h := header{
-		version: 3, flags: flagNewlines | flagCompressed | flagMarkers,
-		capacity: w.capacity, grain: usualGrain, tableSize: entriesPerTable,
-		descOffset: sector, descBytes: descriptorSectors * sector,
-		gdOffset: -1, overhead: streamOverhead,
-	}
-	if err := w.writeTable(); err != nil {
-		return err
-	}
-	foot := h
-	foot.gdOffset = w.at + sector
-	if _, err := w.sectorNumber(); err != nil {
-		return err
-	}
-	err := errors.Join(
-		w.putMarked(markerDirectory, w.directory),
-		w.putMarked(markerFooter, foot.encode()),
-		w.putMarked(markerEnd, nil),
-		w.out.Flush())
-	if err != nil {
-		return err
-	}
-	text := newDescriptor(StreamOptimized, w.capacity, "RDONLY", `SPARSE "`+w.name+`"`)
-	if len(text) > descriptorSectors*sector {
-		return fmt.Errorf("the name %q is too long for a descriptor", w.name)
-	}
-	if _, err := w.file.WriteAt([]byte(text), sector); err != nil {
-		return err
-	}
-	if err := w.file.Sync(); err != nil {
-		return err
-	}
-	if _, err := w.file.WriteAt(h.encode(), 0); err != nil {
-		return err
-	}
-	return w.file.Sync()
-}
-
 // Close ends the compression and closes the file, which is no VMDK unless
 // Finish returned nil.
 func (w *streamWriter) Close() error {
-	if w.closed {
+	if w.released {
 		return nil
 	}
-	w.closed = true
-	w.drain()
+	w.released = true
+	w.Stop()
 	return w.file.Close()
 }
