@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"time"
 
 	"github.com/backstay/backstay/internal/extent"
 )
@@ -23,6 +24,8 @@ const (
 	VHD   Format = "vhd"
 	VHDX  Format = "vhdx"
 	VMDK  Format = "vmdk"
+	VDI   Format = "vdi" // only read
+	OVA   Format = "ova" // an appliance, of which one disk is the image
 )
 
 // An Image is a virtual disk, opened read-only. All methods are safe for
@@ -100,12 +103,35 @@ type Info struct {
 	Identity     string   `json:"identity,omitempty"` // UUID, DataWriteGuid or CID
 	Snapshots    []string `json:"snapshots,omitempty"`
 	Bitmaps      []string `json:"bitmaps,omitempty"`
-	Warnings     []string `json:"warnings,omitempty"`
+	// What is known of each of the snapshots and bitmaps, in their order.
+	SnapshotInfo []SnapshotInfo `json:"snapshot_details,omitempty"`
+	BitmapInfo   []BitmapInfo   `json:"bitmap_details,omitempty"`
+
+	Warnings []string `json:"warnings,omitempty"`
 	// Files are those that the image is read from besides its own: extents,
 	// data files, parents. Names are relative to the image's directory, or
 	// absolute where that can't be. Only image/open knows them.
 	Files         []string          `json:"files,omitempty"`
 	FormatDetails map[string]string `json:"details,omitempty"` // what only one format has
+}
+
+// SnapshotInfo is what an image says of one of its internal snapshots.
+type SnapshotInfo struct {
+	ID           string    `json:"id"`
+	Name         string    `json:"name"`
+	Made         time.Time `json:"made"`
+	VirtualBytes int64     `json:"virtual_bytes"`         // size of the disk then
+	StateBytes   int64     `json:"state_bytes,omitempty"` // the VM's saved memory, which no disk holds
+}
+
+// BitmapInfo is what an image says of one of its persistent bitmaps.
+type BitmapInfo struct {
+	Name        string `json:"name"`
+	Granularity int64  `json:"granularity_bytes"` // of the disk, that a bit stands for
+	Recording   bool   `json:"recording"`         // writes are recorded whenever the image is in use
+	// Trusted says that the bitmap has every write since it was begun. One
+	// that was not stored properly, or is of an unknown kind, has not.
+	Trusted bool `json:"trusted"`
 }
 
 // A File is what an Image reads from: an *os.File, or a fake. Reads at or

@@ -85,7 +85,7 @@ func (img *Image) Extents(ctx context.Context, within extent.Extent) iter.Seq2[i
 				return
 			}
 			kind, end := image.Data, within.End()
-			if data, hole, ok := nextData(img.file, off, img.size); ok {
+			if data, hole, ok := image.NextData(img.file, off, img.size); ok {
 				if off < data {
 					kind, end = image.Zero, min(data, end)
 				} else {

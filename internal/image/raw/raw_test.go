@@ -77,7 +77,7 @@ func TestHolesAreFoundAtOnce(t *testing.T) {
 			data += e.Len
 		}
 	}
-	if _, _, ok := nextData(img.file, 0, img.size); !ok {
+	if _, _, ok := image.NextData(img.file, 0, img.size); !ok {
 		t.Skip("this system does not tell holes from data")
 	}
 	if data == 0 || data > 1<<20 || n > 3 {
@@ -104,7 +104,7 @@ func TestZerosTakeNoRoom(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer img.Close()
-	if _, hole, ok := nextData(img.file, 0, img.size); ok && hole > 2<<20 {
+	if _, hole, ok := image.NextData(img.file, 0, img.size); ok && hole > 2<<20 {
 		t.Errorf("one byte in a megabyte of zeros makes data up to %d", hole)
 	}
 }

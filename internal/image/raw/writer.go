@@ -2,9 +2,11 @@ package raw
 
 import (
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/backstay/backstay/internal/chunk"
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
 )
 
@@ -16,6 +18,7 @@ type Writer struct {
 	file   *os.File
 	size   int64
 	sparse bool // what is not written reads as zeros
+	early  *image.Writeback
 	sync   func() error
 	closed bool
 }
@@ -58,11 +61,16 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &Writer{file: f, size: o.VirtualBytes}
-	if info.Mode().IsRegular() {
+	w := &Writer{file: f, size: o.VirtualBytes, early: image.NewWriteback(f)}
+	switch mode := info.Mode(); {
+	case mode.IsRegular():
 		w.sparse = info.Size() == 0
 		if err := f.Truncate(o.VirtualBytes); err != nil {
 			return nil, err
+		}
+	case mode&os.ModeDevice != 0 && mode&os.ModeCharDevice == 0:
+		if end, err := f.Seek(0, io.SeekEnd); err == nil && end < o.VirtualBytes {
+			return nil, fmt.Errorf("%s holds %d bytes, the disk needs %d: %w", f.Name(), end, o.VirtualBytes, fault.ErrNoSpace)
 		}
 	}
 	return w, nil
@@ -81,7 +89,7 @@ func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 		return 0, fmt.Errorf("write of %d bytes at %d to a disk of %d", len(p), off, w.size)
 	}
 	if !w.sparse {
-		return w.file.WriteAt(p, off)
+		return w.write(p, off)
 	}
 	// start is where the bytes begin that are not yet written; pieces end at
 	// multiples of grain in the file, where it can have a hole.
@@ -104,7 +112,9 @@ func (w *Writer) write(p []byte, off int64) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	return w.file.WriteAt(p, off)
+	n, err := w.file.WriteAt(p, off)
+	w.early.Grown(off + int64(n))
+	return n, err
 }
 
 // Finish makes the bytes durable and closes the file.
