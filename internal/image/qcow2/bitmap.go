@@ -150,15 +150,15 @@ func (img *Image) trustedBitmap(name string) (*Bitmap, error) {
 		if b.Name != name {
 			continue
 		}
+		if img.active != img.present {
+			return nil, fmt.Errorf("%s is about the present state, not about a snapshot: %w", object, fault.ErrUnsupported)
+		}
 		perCluster := img.header.clusterBytes() * 8 // bits
 		need := ((img.header.size+b.Granularity-1)/b.Granularity + perCluster - 1) / perCluster
+		if why := img.trusted(b); why != "" {
+			return nil, fmt.Errorf("%s %s: %w", object, why, fault.ErrUnsupported)
+		}
 		switch {
-		case img.header.autoclear&autoclearBitmaps == 0:
-			return nil, fmt.Errorf("%s was not kept up to date by who wrote the image last: %w", object, fault.ErrUnsupported)
-		case b.InUse:
-			return nil, fmt.Errorf("%s was not stored properly and lacks writes: %w", object, fault.ErrUnsupported)
-		case b.Unknown:
-			return nil, fmt.Errorf("%s is of an unknown kind: %w", object, fault.ErrUnsupported)
 		case b.entries != need:
 			return nil, img.corrupt(b.table, "bitmap %q has %d clusters, the disk needs %d", name, b.entries, need)
 		case b.entries > 0 && (b.table <= 0 || b.table%img.header.clusterBytes() != 0 || b.table > img.fileLimit()-b.entries*8):
@@ -167,6 +167,19 @@ func (img *Image) trustedBitmap(name string) (*Bitmap, error) {
 		return b, nil
 	}
 	return nil, fmt.Errorf("%s: %w", object, fault.ErrNotFound)
+}
+
+// trusted says why the bitmap may lack writes, "" if it may not.
+func (img *Image) trusted(b *Bitmap) string {
+	switch {
+	case img.header.autoclear&autoclearBitmaps == 0:
+		return "was not kept up to date by who wrote the image last"
+	case b.InUse:
+		return "was not stored properly and lacks writes"
+	case b.Unknown:
+		return "is of an unknown kind"
+	}
+	return ""
 }
 
 // walkBitmap gives runs of set bits to emit until that returns false.
@@ -185,6 +198,8 @@ func (img *Image) walkBitmap(ctx context.Context, b *Bitmap, emit func(first, n 
 		entry := binary.BigEndian.Uint64(p)
 		host := int64(entry & offsetMask)
 		switch {
+		case entry&^(offsetMask|1) != 0:
+			return img.corrupt(at, "bitmap table entry %#016x", entry)
 		case host == 0 && entry&1 != 0:
 			if !emit(i*perCluster, perCluster) {
 				return nil

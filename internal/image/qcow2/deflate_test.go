@@ -24,6 +24,15 @@ func roundTripDeflate(t testing.TB, e *deflateEncoder, p []byte) int {
 	if !bytes.Equal(got, p) {
 		t.Fatalf("%d bytes come back different", len(p))
 	}
+	if len(p) <= 64<<10 { // the other one is slow
+		got, far, err := farthest(packed[6:])
+		if err != nil || !bytes.Equal(got, p) {
+			t.Fatalf("%d bytes by the letter: %v", len(p), err)
+		}
+		if far > deflateWindow {
+			t.Fatalf("a match %d bytes back", far)
+		}
+	}
 	return len(packed) - 6
 }
 

@@ -22,6 +22,10 @@ const (
 
 	autoclearBitmaps = 1 << 0
 	autoclearRawData = 1 << 1
+
+	incompatKnown  = incompatDirty | incompatCorrupt | incompatDataFile | incompatCompression | incompatExtendedL2
+	compatKnown    = compatLazyRefcounts
+	autoclearKnown = autoclearBitmaps | autoclearRawData
 )
 
 // Types of header extensions.
@@ -68,6 +72,7 @@ type header struct {
 
 	backing, backingFormat, dataFile string
 	bitmaps                          *bitmapsExt
+	names                            featureNames
 	unknownExtensions                []uint32
 }
 
@@ -132,7 +137,7 @@ func readHeader(f image.File) (*header, error) {
 		}
 	}
 	if crypt := be.Uint32(p[32:]); crypt != 0 {
-		return nil, fmt.Errorf("%s: encrypted qcow2 (method %d): %w", f.Name(), crypt, fault.ErrUnsupported)
+		return nil, fmt.Errorf("%s: qcow2 encrypted with %s: %w", f.Name(), cryptName(crypt), fault.ErrUnsupported)
 	}
 	extensionsEnd := len(p)
 	if off, n := be.Uint64(p[8:]), be.Uint32(p[16:]); off != 0 && n != 0 {
@@ -142,10 +147,24 @@ func readHeader(f image.File) (*header, error) {
 		h.backing = string(p[off:][:n])
 		extensionsEnd = int(off)
 	}
-	if err := h.readExtensions(f.Name(), p[:extensionsEnd], int(length)); err != nil {
-		return nil, err
+	err := h.readExtensions(f.Name(), p[:extensionsEnd], int(length))
+	// An extension may say what the features are called that we do not know;
+	// what else it says may mean anything.
+	if x := h.incompatible &^ incompatKnown; x != 0 {
+		return nil, fmt.Errorf("%s: qcow2 with %s: %w", f.Name(), h.names.list(featureIncompatible, x), fault.ErrUnsupported)
 	}
-	return h, nil
+	return h, err
+}
+
+// cryptName is what people call an encryption method.
+func cryptName(method uint32) string {
+	switch method {
+	case 1:
+		return "AES"
+	case 2:
+		return "LUKS"
+	}
+	return fmt.Sprintf("method %d", method)
 }
 
 // readVersion3 reads what version 3 has more than 2, and gives the header's
@@ -160,9 +179,8 @@ func (h *header) readVersion3(name string, p []byte) (uint32, error) {
 	if length < headerBytesV3 || length%8 != 0 || int64(length) > int64(len(p)) {
 		return 0, fault.Corrupt(name, 100, "header length %d", length)
 	}
-	const known = incompatDirty | incompatCorrupt | incompatDataFile | incompatCompression | incompatExtendedL2
-	if x := h.incompatible &^ known; x != 0 {
-		return 0, fmt.Errorf("%s: qcow2 feature bits %#x: %w", name, x, fault.ErrUnsupported)
+	if h.incompatible&^incompatKnown != 0 {
+		return length, nil // the other fields need not mean what we know
 	}
 	if order > 6 {
 		return 0, fault.Corrupt(name, 96, "refcount order %d", order)
@@ -212,6 +230,7 @@ func (h *header) readExtensions(name string, p []byte, off int) error {
 		case extEncryption:
 			return fmt.Errorf("%s: encrypted qcow2: %w", name, fault.ErrUnsupported)
 		case extFeatureNames:
+			h.names = parseFeatureNames(data)
 		default:
 			if len(h.unknownExtensions) < 16 {
 				h.unknownExtensions = append(h.unknownExtensions, kind)
@@ -253,6 +272,8 @@ func parentFormat(name string) (image.Format, error) {
 		return image.VHDX, nil
 	case "vmdk":
 		return image.VMDK, nil
+	case "vdi":
+		return image.VDI, nil
 	}
 	return "", fmt.Errorf("backing file of format %q: %w", name, fault.ErrUnsupported)
 }

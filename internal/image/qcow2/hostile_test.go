@@ -370,55 +370,89 @@ func FuzzOpen(f *testing.F) {
 		f.Add(made(f, o))
 	}
 	addOthers(f)
-	f.Fuzz(func(t *testing.T, p []byte) {
-		var img *Image
-		imagetest.Hostile(t, func() (image.Image, error) {
-			var err error
-			img, err = Open(imagetest.Bytes("fuzz", p), image.OpenOptions{OnlyTop: true})
-			return open(img, err)
-		})
-		if img == nil {
-			return
-		}
-		for i, s := range img.Snapshots() {
-			if i == 3 {
-				break
-			}
-			imagetest.Hostile(t, func() (image.Image, error) {
-				return open(Open(imagetest.Bytes("fuzz", p), image.OpenOptions{OnlyTop: true, Snapshot: s.Name}))
-			})
-		}
-		for i, b := range img.Bitmaps() {
-			if i == 3 {
-				break
-			}
-			n := 0
-			var last extent.Extent
-			for e, err := range img.Changed(context.Background(), b.Name) {
-				if err != nil {
-					break
-				}
-				if e.Off < last.End() || e.Len <= 0 || e.End() > img.header.size {
-					t.Fatalf("changed %v after %v on a disk of %d", e, last, img.header.size)
-				}
-				last = e
-				if n++; n == 1000 {
-					break
-				}
-			}
-		}
-		// What is read in one piece and in two is the same.
-		n := min(img.Size(), 8<<10)
-		a, b := make([]byte, n), make([]byte, n)
-		_, errA := img.ReadAt(a, 0)
-		_, errB := img.ReadAt(b[:n/3], 0)
-		if errB == nil || errB == io.EOF {
-			_, errB = img.ReadAt(b[n/3:], n/3)
-		}
-		if (errA == nil || errA == io.EOF) && (errB == nil || errB == io.EOF) && !bytes.Equal(a, b) {
-			t.Error("two reads disagree")
-		}
+	f.Fuzz(exercise)
+}
+
+// FuzzTables lets the input be the tables of snapshots and bitmaps in an image
+// that is good otherwise.
+func FuzzTables(f *testing.F) {
+	base := made(f, image.CreateOptions{})
+	be := binary.BigEndian
+	snapshot := make([]byte, 40+24+2)
+	l1, l2 := tables(base)
+	be.PutUint64(snapshot, uint64(l1))
+	be.PutUint32(snapshot[8:], 8)
+	be.PutUint16(snapshot[12:], 1)
+	be.PutUint16(snapshot[14:], 1)
+	be.PutUint32(snapshot[36:], 24)
+	be.PutUint64(snapshot[48:], 256<<10)
+	copy(snapshot[64:], "1s")
+	bitmap := make([]byte, 24+1)
+	be.PutUint64(bitmap, uint64(l2)) // its entries name clusters, as a bitmap's do
+	be.PutUint32(bitmap[8:], 1)
+	bitmap[16], bitmap[17], bitmap[19], bitmap[24] = 1, 9, 1, 'b'
+	f.Add(uint32(1), uint32(1), snapshot, bitmap)
+	f.Add(uint32(65536), uint32(65535), snapshot, bitmap)
+	f.Fuzz(func(t *testing.T, snapshots, bitmaps uint32, table, directory []byte) {
+		p := bytes.Clone(base)
+		u32(p, 60, snapshots)
+		u64(p, 64, uint64(len(p)))
+		p = append(append(p, table...), make([]byte, -len(table)&511)...)
+		bitmapsExtension(p, bitmaps, uint64(len(directory)), uint64(len(p)))
+		u64(p, 88, autoclearBitmaps)
+		exercise(t, append(append(p, directory...), make([]byte, -len(directory)&511)...))
 	})
+}
+
+// exercise does with an image what people do.
+func exercise(t *testing.T, p []byte) {
+	var img *Image
+	imagetest.Hostile(t, func() (image.Image, error) {
+		var err error
+		img, err = Open(imagetest.Bytes("fuzz", p), image.OpenOptions{OnlyTop: true})
+		return open(img, err)
+	})
+	if img == nil {
+		return
+	}
+	for i, s := range img.Snapshots() {
+		if i == 3 {
+			break
+		}
+		imagetest.Hostile(t, func() (image.Image, error) {
+			return open(Open(imagetest.Bytes("fuzz", p), image.OpenOptions{OnlyTop: true, Snapshot: s.Name}))
+		})
+	}
+	for i, b := range img.Bitmaps() {
+		if i == 3 {
+			break
+		}
+		n := 0
+		var last extent.Extent
+		for e, err := range img.Changed(context.Background(), b.Name) {
+			if err != nil {
+				break
+			}
+			if e.Off < last.End() || e.Len <= 0 || e.End() > img.header.size {
+				t.Fatalf("changed %v after %v on a disk of %d", e, last, img.header.size)
+			}
+			last = e
+			if n++; n == 1000 {
+				break
+			}
+		}
+	}
+	// What is read in one piece and in two is the same.
+	n := min(img.Size(), 8<<10)
+	a, b := make([]byte, n), make([]byte, n)
+	_, errA := img.ReadAt(a, 0)
+	_, errB := img.ReadAt(b[:n/3], 0)
+	if errB == nil || errB == io.EOF {
+		_, errB = img.ReadAt(b[n/3:], n/3)
+	}
+	if (errA == nil || errA == io.EOF) && (errB == nil || errB == io.EOF) && !bytes.Equal(a, b) {
+		t.Error("two reads disagree")
+	}
 }
 
 // addOthers adds small images by qemu-img and the samples, where there are

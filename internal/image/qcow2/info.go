@@ -10,15 +10,16 @@ import (
 func (img *Image) Info() image.Info {
 	h := &img.header
 	info := image.Info{
-		Format:       image.Qcow2,
-		Version:      int(h.version),
-		VirtualBytes: img.active.size,
-		FileBytes:    img.file.Bytes(),
-		BlockBytes:   h.clusterBytes(),
-		SectorBytes:  512,
-		Compression:  "zlib",
-		Parent:       h.backing,
-		Warnings:     append([]string(nil), img.warnings...),
+		Format:        image.Qcow2,
+		Version:       int(h.version),
+		VirtualBytes:  img.active.size,
+		FileBytes:     img.file.Bytes(),
+		BlockBytes:    h.clusterBytes(),
+		SectorBytes:   512,
+		Compression:   "zlib",
+		Parent:        h.backing,
+		Warnings:      append([]string(nil), img.warnings...),
+		FormatDetails: img.details(),
 	}
 	if h.compression == compressZstd {
 		info.Compression = "zstd"
@@ -26,12 +27,18 @@ func (img *Image) Info() image.Info {
 	if f, err := parentFormat(h.backingFormat); err == nil {
 		info.ParentFormat = f
 	}
+	if img.data != img.file && img.data != nil {
+		info.FileBytes += img.data.Bytes()
+	}
 	for i, s := range img.snapshots {
 		if i == listed {
 			info.Warnings = append(info.Warnings, fmt.Sprintf("of %d snapshots only the first %d are listed", len(img.snapshots), listed))
 			break
 		}
 		info.Snapshots = append(info.Snapshots, s.Name)
+		info.SnapshotInfo = append(info.SnapshotInfo, image.SnapshotInfo{
+			ID: s.ID, Name: s.Name, Made: s.Made, VirtualBytes: s.VirtualBytes, StateBytes: s.StateBytes,
+		})
 	}
 	for i, b := range img.bitmaps {
 		if i == listed {
@@ -39,31 +46,47 @@ func (img *Image) Info() image.Info {
 			break
 		}
 		info.Bitmaps = append(info.Bitmaps, b.Name)
+		info.BitmapInfo = append(info.BitmapInfo, image.BitmapInfo{
+			Name: b.Name, Granularity: b.Granularity, Recording: b.Auto, Trusted: img.trusted(&b) == "",
+		})
 	}
-	details := map[string]string{"refcount_bits": fmt.Sprint(h.refcountBits)}
+	return info
+}
+
+// details is what only qcow2 has.
+func (img *Image) details() map[string]string {
+	h := &img.header
+	d := map[string]string{"refcount_bits": fmt.Sprint(h.refcountBits), "compat": "1.1"}
+	if h.version == 2 {
+		d["compat"] = "0.10" // as qemu-img calls it
+	}
 	for key, set := range map[string]bool{
-		"dirty":           h.incompatible&incompatDirty != 0,
-		"corrupt":         h.incompatible&incompatCorrupt != 0,
-		"extended_l2":     h.extendedL2(),
-		"lazy_refcounts":  h.compatible&compatLazyRefcounts != 0,
-		"raw_data_file":   h.autoclear&autoclearRawData != 0,
-		"bitmaps_trusted": len(img.bitmaps) > 0 && h.autoclear&autoclearBitmaps != 0,
+		"dirty":          h.incompatible&incompatDirty != 0,
+		"corrupt":        h.incompatible&incompatCorrupt != 0,
+		"extended_l2":    h.extendedL2(),
+		"lazy_refcounts": h.compatible&compatLazyRefcounts != 0,
+		"raw_data_file":  h.autoclear&autoclearRawData != 0,
 	} {
 		if set {
-			details[key] = "true"
+			d[key] = "true"
 		}
 	}
 	if h.dataFile != "" {
-		details["data_file"] = h.dataFile
-		if img.data != img.file {
-			info.FileBytes += img.data.Bytes()
-		}
+		d["data_file"] = h.dataFile
+	}
+	if h.backingFormat != "" {
+		d["backing_format"] = h.backingFormat
+	}
+	if x := h.compatible &^ compatKnown; x != 0 {
+		d["unknown_compatible"] = h.names.list(featureCompatible, x)
+	}
+	if x := h.autoclear &^ autoclearKnown; x != 0 {
+		d["unknown_autoclear"] = h.names.list(featureAutoclear, x)
 	}
 	if len(h.unknownExtensions) > 0 {
-		details["unknown_extensions"] = fmt.Sprintf("%#x", h.unknownExtensions)
+		d["unknown_extensions"] = fmt.Sprintf("%#x", h.unknownExtensions)
 	}
-	info.FormatDetails = details
-	return info
+	return d
 }
 
 // listed bounds what Info lists: 65536 snapshots of one long name make

@@ -20,12 +20,14 @@ import (
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
 
 // Image is a qcow2 image, opened read-only.
 type Image struct {
 	file   image.File // metadata, and clusters unless there is a data file
 	data   image.File // clusters; the same as file if none is external
+	noData error      // why there is no data, where only the metadata were asked for
 	parent image.Image
 
 	header    header
@@ -33,16 +35,17 @@ type Image struct {
 	bitmaps   []Bitmap
 	warnings  []string
 
-	active  layer // what ReadAt and Extents show: the present state or a snapshot
-	pages   *cache[int64, page]
+	present state // the state of the disk when the image was last written
+	active  state // what ReadAt and Extents show: the present state or a snapshot
+	pages   *layer.Pages
 	decoded *cache[uint64, []byte]
 	inflate inflater
 }
 
-var _ image.Image = (*Image)(nil)
+var _ image.Recorder = (*Image)(nil)
 
-// A layer is one state of the disk: the present one, or an internal snapshot.
-type layer struct {
+// A state is one that the disk has or had: the present one, or an internal snapshot.
+type state struct {
 	size      int64 // of the virtual disk in bytes
 	l1        int64 // offset in the file
 	l1Entries int64
@@ -56,12 +59,13 @@ func Open(f image.File, o image.OpenOptions) (*Image, error) {
 		return nil, err
 	}
 	img := &Image{file: f, data: f, header: *h}
-	img.pages = newCache[int64, page](pagesCached)
+	img.pages = layer.NewPages(f.Name(), zeroEnd{f}, img.fileLimit())
 	img.decoded = newCache[uint64, []byte](max(4, int(decodedBytes>>h.clusterBits)))
 	img.inflate = newInflater(h)
-	if img.active, err = img.checkLayer(layer{h.size, h.l1Offset, int64(h.l1Entries)}, "L1 table"); err != nil {
+	if img.present, err = img.checkState(state{h.size, h.l1Offset, int64(h.l1Entries)}, "L1 table"); err != nil {
 		return nil, err
 	}
+	img.active = img.present
 	if err := img.readSnapshots(); err != nil {
 		if o.Snapshot != "" {
 			return nil, err
@@ -81,7 +85,7 @@ func Open(f image.File, o image.OpenOptions) (*Image, error) {
 		img.warnings = append(img.warnings, "the image was not closed properly; its refcounts may be wrong, which reading does not need")
 	}
 	if h.incompatible&incompatCorrupt != 0 {
-		img.warnings = append(img.warnings, "the image is marked corrupt")
+		img.warnings = append(img.warnings, "the image is marked corrupt: QEMU found its tables wrong, and what is read may be too")
 	}
 	if err := img.openOthers(o); err != nil {
 		return nil, err
@@ -93,18 +97,17 @@ func Open(f image.File, o image.OpenOptions) (*Image, error) {
 func (img *Image) openOthers(o image.OpenOptions) error {
 	h := &img.header
 	if h.incompatible&incompatDataFile != 0 {
-		r := o.Resolver
-		if r == nil {
-			r = image.None
+		f, err := img.resolveData(o.Resolver)
+		switch {
+		case err == nil:
+			img.data = f
+		case o.OnlyTop:
+			// The tables and names are still good to look at.
+			img.data, img.noData = nil, err
+			img.warnings = append(img.warnings, fmt.Sprintf("the data file %q was not opened", h.dataFile))
+		default:
+			return err
 		}
-		if err := plainName(h.dataFile); err != nil {
-			return fmt.Errorf("%s: data file %w", img.file.Name(), err)
-		}
-		f, err := r.Resolve(h.dataFile)
-		if err != nil {
-			return fmt.Errorf("%s: data file: %w", img.file.Name(), err)
-		}
-		img.data = f
 	}
 	if h.backing == "" || o.OnlyTop {
 		return nil
@@ -114,6 +117,22 @@ func (img *Image) openOthers(o image.OpenOptions) error {
 		img.data.Close()
 	}
 	return err
+}
+
+// resolveData opens the external data file.
+func (img *Image) resolveData(r image.Resolver) (image.File, error) {
+	if r == nil {
+		r = image.None
+	}
+	name := img.header.dataFile
+	if err := plainName(name); err != nil {
+		return nil, fmt.Errorf("%s: data file %w", img.file.Name(), err)
+	}
+	f, err := r.Resolve(name)
+	if err != nil {
+		return nil, fmt.Errorf("%s: data file: %w", img.file.Name(), err)
+	}
+	return f, nil
 }
 
 func (img *Image) openParent(o image.OpenOptions) error {
@@ -135,9 +154,9 @@ func (img *Image) openParent(o image.OpenOptions) error {
 	return nil
 }
 
-// checkLayer says whether a layer's L1 table covers its disk and lies in the
+// checkState says whether a state's L1 table covers its disk and lies in the
 // file.
-func (img *Image) checkLayer(l layer, what string) (layer, error) {
+func (img *Image) checkState(l state, what string) (state, error) {
 	h := &img.header
 	perTable := h.clustersPerL2() << h.clusterBits // bytes of the disk that an L2 table maps
 	need := l.size / perTable
@@ -165,7 +184,7 @@ func (img *Image) Size() int64 { return img.active.size }
 // Close closes the file, the data file and the parent.
 func (img *Image) Close() error {
 	err := img.file.Close()
-	if img.data != img.file {
+	if img.data != img.file && img.data != nil {
 		if e := img.data.Close(); err == nil {
 			err = e
 		}
@@ -219,7 +238,10 @@ func (img *Image) readRun(p []byte, r run) error {
 	case r.compressed:
 		return img.readCompressed(p, r)
 	}
-	if img.data != img.file {
+	switch {
+	case img.noData != nil:
+		return img.noData
+	case img.data != img.file:
 		return img.readData(p, r.host)
 	}
 	return img.readFile(p, r.host)

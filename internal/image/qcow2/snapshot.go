@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"time"
 
 	"github.com/backstay/backstay/internal/fault"
 )
@@ -12,8 +13,8 @@ type Snapshot struct {
 	ID, Name string
 	// VirtualBytes is the size of the disk then.
 	VirtualBytes int64
-	// Seconds since 1970 when it was made.
-	Seconds int64
+	// Made is when, by the clock of the host.
+	Made time.Time
 	// StateBytes is the length of the VM's saved memory, 0 for none.
 	StateBytes int64
 
@@ -58,7 +59,7 @@ func (img *Image) readSnapshots() error {
 		s := Snapshot{
 			l1:           int64(be.Uint64(p)),
 			l1Entries:    int64(be.Uint32(p[8:])),
-			Seconds:      int64(be.Uint32(p[16:])),
+			Made:         time.Unix(int64(be.Uint32(p[16:])), int64(be.Uint32(p[20:]))).UTC(),
 			StateBytes:   int64(be.Uint32(p[32:])),
 			VirtualBytes: h.size,
 		}
@@ -74,6 +75,9 @@ func (img *Image) readSnapshots() error {
 		}
 		if len(p) >= 16 {
 			s.VirtualBytes = int64(be.Uint64(p[8:]))
+		} else {
+			// Old snapshots do not say. The disk may have grown since.
+			s.VirtualBytes = min(s.VirtualBytes, s.l1Entries*h.clustersPerL2()<<h.clusterBits)
 		}
 		if p, err = r.read(idBytes + nameBytes); err != nil {
 			return err
@@ -85,18 +89,18 @@ func (img *Image) readSnapshots() error {
 }
 
 // findSnapshot prefers a name over an ID, as QEMU does.
-func (img *Image) findSnapshot(want string) (layer, error) {
+func (img *Image) findSnapshot(want string) (state, error) {
 	for _, of := range []func(*Snapshot) string{
 		func(s *Snapshot) string { return s.Name },
 		func(s *Snapshot) string { return s.ID },
 	} {
 		for i := range img.snapshots {
 			if s := &img.snapshots[i]; of(s) == want {
-				return img.checkLayer(layer{s.VirtualBytes, s.l1, s.l1Entries}, fmt.Sprintf("L1 table of snapshot %q", want))
+				return img.checkState(state{s.VirtualBytes, s.l1, s.l1Entries}, fmt.Sprintf("L1 table of snapshot %q", want))
 			}
 		}
 	}
-	return layer{}, fmt.Errorf("%s: snapshot %q: %w", img.file.Name(), want, fault.ErrNotFound)
+	return state{}, fmt.Errorf("%s: snapshot %q: %w", img.file.Name(), want, fault.ErrNotFound)
 }
 
 // A tableReader reads a table of entries of different lengths, front to back.

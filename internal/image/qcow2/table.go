@@ -17,14 +17,8 @@ const (
 	flagZero       = 1 << 0
 )
 
-const (
-	pageBytes   = 64 << 10
-	pagesCached = 256 // 16 MiB of tables, which map 128 GiB of a usual image
-)
-
-// A page is an aligned piece of the file with metadata, shorter than
-// pageBytes only at the file's end.
-type page []byte
+// pageBytes is how much of the tables a walk reads at a time.
+const pageBytes = 64 << 10
 
 // A view gives the file's bytes from off on: at most n, and at least 16 if
 // off and n are multiples of 16. They must not be changed, and may be
@@ -33,21 +27,24 @@ type view func(off, n int64) ([]byte, error)
 
 // view is the view through the cache.
 func (img *Image) view(off, n int64) ([]byte, error) {
-	at := off &^ (pageBytes - 1)
-	p, err := img.pages.get(at, func() (page, error) {
-		return img.readPage(make([]byte, pageBytes), at)
-	})
-	if err != nil {
-		return nil, err
+	return img.pages.Peek(off, 8, n)
+}
+
+// A zeroEnd is a file whose last cluster is whole.
+type zeroEnd struct{ image.File }
+
+// ReadAt fills all of p, which lies before the last cluster's end.
+func (f zeroEnd) ReadAt(p []byte, off int64) (int, error) {
+	if err := readZeroEnd(f.File, p, off); err != nil {
+		return 0, err
 	}
-	return img.slice(p, at, off, n)
+	return len(p), nil
 }
 
 // ownView makes a view with a buffer of its own. It is for walks, which look
 // at each table once and would push all others out of the cache.
 func (img *Image) ownView() view {
-	var buf []byte
-	var p page
+	var buf, p []byte
 	at := int64(-1)
 	return func(off, n int64) ([]byte, error) {
 		if want := off &^ (pageBytes - 1); want != at {
@@ -65,7 +62,7 @@ func (img *Image) ownView() view {
 	}
 }
 
-func (img *Image) readPage(buf []byte, at int64) (page, error) {
+func (img *Image) readPage(buf []byte, at int64) ([]byte, error) {
 	limit := img.fileLimit()
 	if at < 0 || at >= limit {
 		return nil, img.corrupt(at, "a table lies behind the end of a file of %d bytes", img.file.Bytes())
@@ -74,7 +71,7 @@ func (img *Image) readPage(buf []byte, at int64) (page, error) {
 	return p, readZeroEnd(img.file, p, at)
 }
 
-func (img *Image) slice(p page, at, off, n int64) ([]byte, error) {
+func (img *Image) slice(p []byte, at, off, n int64) ([]byte, error) {
 	if off-at >= int64(len(p)) {
 		return nil, img.corrupt(off, "a table lies behind the end of a file of %d bytes", img.file.Bytes())
 	}
@@ -97,10 +94,10 @@ type walker struct {
 	l1, l2 view
 }
 
-// runs walks a range of the layer in ascending order. Neighbours that lie in
+// runs walks a range of the state in ascending order. Neighbours that lie in
 // one piece and in one L2 table are one run; a compressed cluster is a run of
 // its own.
-func (w walker) runs(ctx context.Context, l layer, within extent.Extent) iter.Seq2[run, error] {
+func (w walker) runs(ctx context.Context, l state, within extent.Extent) iter.Seq2[run, error] {
 	return func(yield func(run, error) bool) {
 		m := merger{yield: yield}
 		err := w.walkL1(ctx, l, within, &m)
@@ -150,7 +147,7 @@ func (m *merger) flush() bool {
 }
 
 // walkL1 returns nil early if m wants no more.
-func (w walker) walkL1(ctx context.Context, l layer, within extent.Extent, m *merger) error {
+func (w walker) walkL1(ctx context.Context, l state, within extent.Extent, m *merger) error {
 	h := &w.img.header
 	perTable := h.clustersPerL2() << h.clusterBits
 	var entries []byte // of the L1 table, those from the current one on

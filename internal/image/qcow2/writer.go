@@ -32,6 +32,7 @@ type Writer struct {
 	zstd     bool
 	space    *space
 	tables   *l2Tables
+	early    *image.Writeback
 	failed   atomic.Pointer[error]
 	fsync    func() error // of the file
 	syncDir  func() error // of its name, where we made it
@@ -96,6 +97,7 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 			return nil, err
 		}
 	}
+	w.early = image.NewWriteback(f)
 	w.space = newSpace(f, w.bits)
 	w.tables = newL2Tables(f, w.bits, tables, w.space)
 	if _, err := w.headerCluster(0, 0, 0); err != nil {
@@ -108,7 +110,7 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 // have to be guessed by its content, which is the guest's.
 func qemuFormat(f image.Format) (string, error) {
 	switch f {
-	case image.Raw, image.Qcow2, image.VHDX, image.VMDK:
+	case image.Raw, image.Qcow2, image.VHDX, image.VMDK, image.VDI:
 		return string(f), nil
 	case image.VHD:
 		return "vpc", nil
@@ -198,6 +200,7 @@ func (w *Writer) writePlain(p []byte, off int64) error {
 	if _, err := w.file.WriteAt(p, host); err != nil {
 		return err
 	}
+	w.early.Grown(host + int64(len(p)))
 	return w.tables.setRun(off>>w.bits, n, func(i int64) uint64 { return uint64(host+i<<w.bits) | flagCopied })
 }
 
@@ -266,6 +269,7 @@ func (w *Writer) writePacked(p []byte, off int64) error {
 	if _, err := w.file.WriteAt(b.packed, host); err != nil {
 		return err
 	}
+	w.early.Grown(host + int64(len(b.packed)))
 	x := 62 - (w.bits - 8)
 	for i, n := range b.lengths {
 		sectors := (host+int64(n)-1)>>9 - host>>9

@@ -1,10 +1,12 @@
 package qcow2
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -146,6 +148,85 @@ func TestOverlay(t *testing.T) {
 	if strings.Trim(string(p[:256<<10]), "\x00") != "" {
 		t.Error("zeros do not hide the parent")
 	}
+}
+
+// Layers of all cluster sizes from changed extents: what was not written is
+// the parent's, byte for byte, and who reads the chain is QEMU.
+func TestOverlaysOfAllSizes(t *testing.T) {
+	imagetest.Tool(t, "qemu-img")
+	for _, compression := range []string{"", "zlib", "zstd"} {
+		for cluster := int64(512); cluster <= 2<<20; cluster *= 8 {
+			t.Run(fmt.Sprintf("%s %d", compression, cluster), func(t *testing.T) {
+				dir := t.TempDir()
+				const size = 5<<20 + 512*5
+				base, changed := imagetest.NewDisk(7, size), imagetest.NewDisk(8, size)
+				if err := os.Rename(base.Save(t), filepath.Join(dir, "base.raw")); err != nil {
+					t.Fatal(err)
+				}
+				path := filepath.Join(dir, "top.qcow2")
+				w, err := Create(path, image.CreateOptions{
+					VirtualBytes: size, BlockBytes: cluster, Compression: compression, Parent: "base.raw", ParentFormat: image.Raw,
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				set := extent.NewSet(extent.Extent{Off: 1000, Len: 5000}, extent.Extent{Off: 2 << 20, Len: 1 << 20}, extent.Extent{Off: size - 10, Len: 10})
+				set = set.Align(cluster, size)
+				mustWrite(t, w, changed, set.List())
+				want := make([]byte, size)
+				base.ReadAt(want, 0)
+				for _, e := range set.List() {
+					changed.ReadAt(want[e.Off:e.End()], e.Off)
+				}
+				imagetest.Qemu(t, "check", "-f", "qcow2", path)
+				imagetest.Reader(t, mustOpen(t, path), bytes.NewReader(want))
+				imagetest.Reader(t, mustOpen(t, path), imagetest.QemuRaw(t, path, "qcow2"))
+				got := make([]byte, size)
+				imagetest.QemuRaw(t, path, "qcow2").ReadAt(got, 0)
+				if !bytes.Equal(got, want) {
+					t.Error("QEMU reads something else")
+				}
+			})
+		}
+	}
+}
+
+// A second reader that shares no code with QEMU.
+func TestSevenZipReadsWhatWeWrite(t *testing.T) {
+	tool := imagetest.Tool(t, "7z")
+	disk := imagetest.NewDisk(11, 6<<20)
+	for _, o := range []image.CreateOptions{{}, {Compression: "zlib"}, {Compression: "zlib", BlockBytes: 4 << 10}, {BlockBytes: 2 << 20}} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, "disk.qcow2")
+		o.VirtualBytes = disk.Size()
+		w, err := Create(path, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mustWrite(t, w, disk, []extent.Extent{{Len: disk.Size()}})
+		out, err := exec.Command(tool, "x", "-y", "-tQCOW", "-o"+filepath.Join(dir, "out"), path).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%+v: 7z: %v\n%s", o, err, out)
+		}
+		files, err := filepath.Glob(filepath.Join(dir, "out", "*"))
+		if err != nil || len(files) != 1 {
+			t.Fatalf("%+v: 7z wrote %q, %v", o, files, err)
+		}
+		want := make([]byte, disk.Size())
+		disk.ReadAt(want, 0)
+		if !bytes.Equal(fileBytes(t, files[0]), want) {
+			t.Errorf("%+v: 7z reads something else", o)
+		}
+	}
+}
+
+func fileBytes(t testing.TB, path string) []byte {
+	t.Helper()
+	p, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }
 
 func TestCreateRefuses(t *testing.T) {
