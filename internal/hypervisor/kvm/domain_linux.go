@@ -81,6 +81,39 @@ func (d *domain) active(ctx context.Context) (bool, error) {
 	return n == 1, err
 }
 
+// now says whether the VM has a QEMU, with its state and libvirt's reason for
+// it. The numbers of reasons mean another thing in every state: what was asked
+// before and after a VM stopped must not be mixed.
+func (d *domain) now(ctx context.Context) (on bool, state libvirt.DomainState, reason int32, err error) {
+	return steady(ctx, 200*time.Millisecond, func() (bool, libvirt.DomainState, int32, error) {
+		on, err := d.active(ctx)
+		if err != nil {
+			return false, 0, 0, err
+		}
+		state, reason, err := d.state(ctx)
+		return on, state, reason, err
+	})
+}
+
+// steady asks until both answers can be of one moment.
+func steady(ctx context.Context, pause time.Duration, ask func() (bool, libvirt.DomainState, int32, error)) (on bool, state libvirt.DomainState, reason int32, err error) {
+	for range 10 {
+		on, state, reason, err = ask()
+		if err != nil {
+			return false, 0, 0, err
+		}
+		if state == libvirt.DomainNostate || state == libvirt.DomainCrashed || on == (state != libvirt.DomainShutoff) {
+			return on, state, reason, nil
+		}
+		select {
+		case <-ctx.Done():
+			return false, 0, 0, ctx.Err()
+		case <-time.After(pause):
+		}
+	}
+	return false, 0, 0, fmt.Errorf("it is just being started or stopped: %w", fault.ErrLocked)
+}
+
 func stateWord(s libvirt.DomainState) string {
 	switch s {
 	case libvirt.DomainRunning, libvirt.DomainBlocked:

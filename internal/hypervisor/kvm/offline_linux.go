@@ -47,8 +47,9 @@ func (b *beginning) offline(ctx context.Context, def *libvirtxml.Domain, reason 
 		return nil, err
 	}
 	// From here on the locks keep it off; until here nothing did.
-	on, err := b.dom.active(ctx)
-	if err == nil && on {
+	// If it ran in between, it may have ended otherwise than it had before.
+	on, _, now, err := b.dom.now(ctx)
+	if err == nil && (on || now != reason) {
 		err = fmt.Errorf("it was started while its backup began: %w", fault.ErrLocked)
 	}
 	if err != nil {
