@@ -9,14 +9,8 @@ import (
 	"unicode/utf16"
 
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
-
-// A sparse block of a differencing disk has some sectors and leaves others to
-// the parent.
-type sparse struct {
-	bits []byte // most significant first; nil once all sectors are there
-	left int64  // sectors that are not there
-}
 
 // child makes w's header that of a layer over o.Parent, whose name goes behind
 // the table.
@@ -33,14 +27,17 @@ func (w *Writer) child(o image.CreateOptions) error {
 	}
 	w.footer.kind = typeDifferencing
 	w.header.parent = uuid(id)
-	w.sparse = map[int64]*sparse{}
-	name := strings.ReplaceAll(o.Parent, "/", `\`)
+	w.sparse = map[int64]*layer.Sectors{}
+	name, code := strings.ReplaceAll(o.Parent, "/", `\`), "W2ru"
 	w.header.parentName = name[strings.LastIndexByte(name, '\\')+1:]
-	code := "W2ru"
 	switch {
-	case strings.HasPrefix(name, `\`) || len(name) > 1 && name[1] == ':':
+	case strings.HasPrefix(name, `\\`) || len(name) > 1 && name[1] == ':':
 		code = "W2ku"
-	case !strings.HasPrefix(name, "."):
+	case strings.HasPrefix(name, `\`):
+		// Windows knows no such path, and would look for it on its present drive.
+		name = `.\` + w.header.parentName
+		w.warnings = append(w.warnings, fmt.Sprintf("a VHD has names of Windows alone, so the parent %q is named as if it lay beside the image", o.Parent))
+	case !strings.HasPrefix(name, `.\`) && !strings.HasPrefix(name, `..\`):
 		name = `.\` + name
 	}
 	for _, u := range utf16.Encode([]rune(name)) {
@@ -59,27 +56,16 @@ func (w *Writer) child(o image.CreateOptions) error {
 
 // mark records that a range within one block is not the parent's any more.
 func (w *Writer) mark(off, n int64) {
-	block, within := off/w.header.blockBytes, off%w.header.blockBytes
+	block, first := off/w.header.blockBytes, off%w.header.blockBytes/sectorBytes
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s := w.sparse[block]
 	if s == nil {
 		length := min(w.header.blockBytes, w.footer.currentBytes-block*w.header.blockBytes)
-		s = &sparse{bits: make([]byte, len(w.bitmap)), left: length / sectorBytes}
+		s = layer.NewSectors(length/sectorBytes, int64(len(w.bitmap)), layer.HighFirst)
 		w.sparse[block] = s
 	}
-	if s.bits == nil {
-		return
-	}
-	for i := within / sectorBytes; i < (within+n)/sectorBytes; i++ {
-		if bit := byte(0x80) >> (i % 8); s.bits[i/8]&bit == 0 {
-			s.bits[i/8] |= bit
-			s.left--
-		}
-	}
-	if s.left == 0 {
-		s.bits = nil
-	}
+	s.Mark(first, (n+sectorBytes-1)/sectorBytes)
 }
 
 // writeSparse gives a place to blocks of which only zeros were written, holes
@@ -98,8 +84,8 @@ func (w *Writer) writeSparse() error {
 		if err != nil {
 			return err
 		}
-		if s.bits != nil { // else the bitmap that locate wrote is right
-			if _, err := w.file.WriteAt(s.bits, at-int64(len(w.bitmap))); err != nil {
+		if s.Bits != nil { // else the bitmap that locate wrote is right
+			if _, err := w.file.WriteAt(s.Bits, at-int64(len(w.bitmap))); err != nil {
 				return err
 			}
 		}

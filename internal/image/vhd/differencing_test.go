@@ -170,6 +170,8 @@ func TestParentNames(t *testing.T) {
 		{"mac, absolute", map[string][]byte{"MACX": []byte("file:///d/a.vhd")}, []string{"/d/a.vhd", "a.vhd"}},
 		{"old ones", map[string][]byte{"Wi2r": []byte(".\\a.vhd\x00junk")}, []string{"a.vhd"}},
 		{"none", nil, nil},
+		{"big-endian by mistake", map[string][]byte{"W2ru": {0, '.', 0, '\\', 0, 'a'}}, []string{"a"}},
+		{"byte order marks", map[string][]byte{"W2ru": append([]byte{0xff, 0xfe}, utf16le(`.\a`)...), "W2ku": {0xfe, 0xff, 0, 'b'}}, []string{"a", "b"}},
 		{"odd length", map[string][]byte{"W2ru": append(utf16le("a"), 'b')}, []string{"a"}},
 	} {
 		var h header

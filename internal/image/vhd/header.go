@@ -11,6 +11,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
 
 const (
@@ -38,21 +39,20 @@ type locator struct {
 	off   int64
 }
 
-func readHeader(file image.File, off int64) (header, error) {
+// readHeader reads the dynamic header at off. sealed is false if its checksum
+// is wrong.
+func readHeader(file image.File, off int64) (h header, sealed bool, err error) {
 	var p [headerBytes]byte
-	if err := readFull(file, p[:], off); err != nil {
-		return header{}, err
+	if err := layer.ReadFull(file, file.Name(), p[:], off); err != nil {
+		return h, false, err
 	}
-	bad := func(format string, args ...any) (header, error) {
-		return header{}, fault.Corrupt(file.Name(), off, "dynamic header: "+format, args...)
+	bad := func(format string, args ...any) (header, bool, error) {
+		return h, false, fault.Corrupt(file.Name(), off, "dynamic header: "+format, args...)
 	}
 	if !bytes.HasPrefix(p[:], []byte(headerCookie)) {
 		return bad("no %q", headerCookie)
 	}
-	if checksum(p[:], 36) != binary.BigEndian.Uint32(p[36:]) {
-		return bad("wrong checksum")
-	}
-	h := header{
+	h = header{
 		tableOffset: int64(binary.BigEndian.Uint64(p[16:])),
 		entries:     int64(binary.BigEndian.Uint32(p[28:])),
 		blockBytes:  int64(binary.BigEndian.Uint32(p[32:])),
@@ -77,7 +77,7 @@ func readHeader(file image.File, off int64) (header, error) {
 			off:   int64(binary.BigEndian.Uint64(e[16:])),
 		}
 	}
-	return h, nil
+	return h, checksum(p[:], 36) == binary.BigEndian.Uint32(p[36:]), nil
 }
 
 func (h header) encode() []byte {
@@ -119,14 +119,14 @@ func (h header) parentNames(file image.File) ([]string, error) {
 			return nil, fault.Corrupt(file.Name(), l.off, "a parent locator of %d bytes", l.bytes)
 		}
 		p := make([]byte, l.bytes)
-		if err := readFull(file, p, l.off); err != nil {
+		if err := layer.ReadFull(file, file.Name(), p, l.off); err != nil {
 			return nil, err
 		}
 		switch l.code {
 		case "W2ru":
-			relative = append(relative, utf16Text(p, binary.LittleEndian))
+			relative = append(relative, locatorText(p))
 		case "W2ku":
-			absolute = append(absolute, utf16Text(p, binary.LittleEndian))
+			absolute = append(absolute, locatorText(p))
 		case "Wi2r":
 			relative = append(relative, text(p))
 		case "Wi2k":
@@ -159,6 +159,22 @@ func (h header) parentNames(file image.File) ([]string, error) {
 		add(name[strings.LastIndexAny(name, `/\`)+1:])
 	}
 	return names, nil
+}
+
+// locatorText decodes a name that is little-endian, other than the header's,
+// or of writers that mixed that up big-endian, and may begin with a byte order
+// mark. Names begin with a letter, a dot or a slash, so their first unit tells.
+func locatorText(p []byte) string {
+	if bytes.HasPrefix(p, []byte{0xff, 0xfe}) || bytes.HasPrefix(p, []byte{0xfe, 0xff}) {
+		if p[0] == 0xfe {
+			return utf16Text(p[2:], binary.BigEndian)
+		}
+		p = p[2:]
+	}
+	if len(p) >= 2 && p[0] == 0 && p[1] != 0 {
+		return utf16Text(p, binary.BigEndian)
+	}
+	return utf16Text(p, binary.LittleEndian)
 }
 
 // text cuts p at its first zero byte.

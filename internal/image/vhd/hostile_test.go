@@ -70,6 +70,8 @@ func overParent(t testing.TB) memory {
 	}})
 }
 
+// Compression and descriptors in text are no part of a VHD; its other classes
+// of hostile input have tests of their own below.
 func TestHostileFiles(t *testing.T) {
 	const (
 		dynamic = iota
@@ -82,51 +84,54 @@ func TestHostileFiles(t *testing.T) {
 		spoil func(m memory)
 		want  error // nil where the file is fine after all
 	}{
-		{"nothing wrong", dynamic, func(m memory) {}, nil},
-		{"nothing wrong in a layer", layered, func(m memory) {}, nil},
-		{"nothing wrong in a fixed disk", fixed, func(m memory) {}, nil},
+		{"nothing/nothing wrong", dynamic, func(m memory) {}, nil},
+		{"nothing/nothing wrong in a layer", layered, func(m memory) {}, nil},
+		{"nothing/nothing wrong in a fixed disk", fixed, func(m memory) {}, nil},
 
-		{"a disk of 2^63-1 bytes", dynamic, func(m memory) { m.both(48, be64(1<<63-1)...) }, fault.ErrCorrupt},
-		{"a disk of 2^63-512 bytes", dynamic, func(m memory) { m.both(48, be64(1<<63-512)...) }, fault.ErrCorrupt},
-		{"a fixed disk of 2^63-512 bytes", fixed, func(m memory) { m.both(48, be64(1<<63-512)...) }, fault.ErrCorrupt},
-		{"a disk of -512 bytes", dynamic, func(m memory) { m.both(48, be64(1<<64-512)...) }, fault.ErrCorrupt},
-		{"a disk of half a sector", dynamic, func(m memory) { m.both(48, be64(256)...) }, fault.ErrCorrupt},
-		{"a disk of 152 TiB", dynamic, func(m memory) { m.both(48, be64(152<<40)...) }, fault.ErrCorrupt},
-		{"a disk of 0 bytes", dynamic, func(m memory) { m.both(48, be64(0)...) }, nil},
-		{"a fixed disk a sector longer than its file", fixed, func(m memory) { m.both(48, be64(4<<20+512)...) }, fault.ErrCorrupt},
-		{"type 0", dynamic, func(m memory) { m.both(63, 0) }, fault.ErrUnsupported},
-		{"type 5", dynamic, func(m memory) { m.both(63, 5) }, fault.ErrUnsupported},
-		{"suspended", dynamic, func(m memory) { m.both(84, 1) }, nil},
+		{"sizes/a disk of 2^63-1 bytes", dynamic, func(m memory) { m.both(48, be64(1<<63-1)...) }, fault.ErrCorrupt},
+		{"sizes/a disk of 2^63-512 bytes", dynamic, func(m memory) { m.both(48, be64(1<<63-512)...) }, fault.ErrCorrupt},
+		{"sizes/a fixed disk of 2^63-512 bytes", fixed, func(m memory) { m.both(48, be64(1<<63-512)...) }, fault.ErrCorrupt},
+		{"sizes/a disk of -512 bytes", dynamic, func(m memory) { m.both(48, be64(1<<64-512)...) }, fault.ErrCorrupt},
+		{"sizes/a disk of half a sector", dynamic, func(m memory) { m.both(48, be64(256)...) }, fault.ErrCorrupt},
+		{"sizes/a disk of 152 TiB", dynamic, func(m memory) { m.both(48, be64(152<<40)...) }, fault.ErrCorrupt},
+		{"sizes/a disk of 0 bytes", dynamic, func(m memory) { m.both(48, be64(0)...) }, nil},
+		{"sizes/a fixed disk a sector longer than its file", fixed, func(m memory) { m.both(48, be64(4<<20+512)...) }, fault.ErrCorrupt},
+		{"structure/type 0", dynamic, func(m memory) { m.both(63, 0) }, fault.ErrUnsupported},
+		{"structure/type 5", dynamic, func(m memory) { m.both(63, 5) }, fault.ErrUnsupported},
+		{"structure/suspended", dynamic, func(m memory) { m.both(84, 1) }, nil},
 
-		{"header at 2^63", dynamic, func(m memory) { m.both(16, be64(1<<63)...) }, fault.ErrCorrupt},
-		{"header behind the end", dynamic, func(m memory) { m.both(16, be64(1<<40)...) }, fault.ErrCorrupt},
-		{"header in the footer", dynamic, func(m memory) { m.both(16, be64(0)...) }, fault.ErrCorrupt},
-		{"header without its cookie", dynamic, func(m memory) { m[atHeader]++ }, fault.ErrCorrupt},
-		{"header of version 2", dynamic, func(m memory) { m[atHeader+25] = 2 }, fault.ErrCorrupt},
+		{"structure/header at 2^63", dynamic, func(m memory) { m.both(16, be64(1<<63)...) }, fault.ErrCorrupt},
+		{"structure/header behind the end", dynamic, func(m memory) { m.both(16, be64(1<<40)...) }, fault.ErrCorrupt},
+		{"structure/header in the footer", dynamic, func(m memory) { m.both(16, be64(0)...) }, fault.ErrCorrupt},
+		{"structure/header without its cookie", dynamic, func(m memory) { m[atHeader]++ }, fault.ErrCorrupt},
+		{"structure/header of version 2", dynamic, func(m memory) { m[atHeader+25] = 2 }, fault.ErrCorrupt},
 
-		{"2^30+1 table entries", dynamic, func(m memory) { m.put32(atHeader+28, 1<<30+1) }, fault.ErrCorrupt},
-		{"2^32-1 table entries", dynamic, func(m memory) { m.put32(atHeader+28, 1<<32-1) }, fault.ErrCorrupt},
-		{"one table entry too few", dynamic, func(m memory) { m.put32(atHeader+28, 7) }, fault.ErrCorrupt},
-		{"more table entries than blocks", dynamic, func(m memory) { m.put32(atHeader+28, 100) }, nil},
-		{"table at 2^63-1", dynamic, func(m memory) { m.put64(atHeader+16, 1<<63-1) }, fault.ErrCorrupt},
-		{"table at 2^63", dynamic, func(m memory) { m.put64(atHeader+16, 1<<63) }, fault.ErrCorrupt},
-		{"table behind the end", dynamic, func(m memory) { m.put64(atHeader+16, uint64(len(m)-16)) }, fault.ErrCorrupt},
-		{"table in the footer's copy", dynamic, func(m memory) { m.put64(atHeader+16, 0) }, fault.ErrCorrupt},
-		{"blocks of 0 bytes", dynamic, func(m memory) { m.put32(atHeader+32, 0) }, fault.ErrCorrupt},
-		{"blocks of 1 byte", dynamic, func(m memory) { m.put32(atHeader+32, 1) }, fault.ErrCorrupt},
-		{"blocks of 3 MiB", dynamic, func(m memory) { m.put32(atHeader+32, 3<<20) }, fault.ErrCorrupt},
-		{"blocks of 512 bytes", dynamic, func(m memory) { m.put32(atHeader+32, 512) }, fault.ErrCorrupt},
+		{"tables/2^30+1 table entries", dynamic, func(m memory) { m.put32(atHeader+28, 1<<30+1) }, fault.ErrCorrupt},
+		{"tables/2^32-1 table entries", dynamic, func(m memory) { m.put32(atHeader+28, 1<<32-1) }, fault.ErrCorrupt},
+		{"tables/one table entry too few", dynamic, func(m memory) { m.put32(atHeader+28, 7) }, fault.ErrCorrupt},
+		{"tables/more table entries than blocks", dynamic, func(m memory) { m.put32(atHeader+28, 100) }, nil},
+		{"tables/table at 2^63-1", dynamic, func(m memory) { m.put64(atHeader+16, 1<<63-1) }, fault.ErrCorrupt},
+		{"tables/table at 2^63", dynamic, func(m memory) { m.put64(atHeader+16, 1<<63) }, fault.ErrCorrupt},
+		{"tables/table behind the end", dynamic, func(m memory) { m.put64(atHeader+16, uint64(len(m)-16)) }, fault.ErrCorrupt},
+		{"tables/table in the footer's copy", dynamic, func(m memory) { m.put64(atHeader+16, 0) }, fault.ErrCorrupt},
+		{"tables/blocks of 0 bytes", dynamic, func(m memory) { m.put32(atHeader+32, 0) }, fault.ErrCorrupt},
+		{"tables/blocks of 1 byte", dynamic, func(m memory) { m.put32(atHeader+32, 1) }, fault.ErrCorrupt},
+		{"tables/blocks of 3 MiB", dynamic, func(m memory) { m.put32(atHeader+32, 3<<20) }, fault.ErrCorrupt},
+		{"tables/blocks of 512 bytes", dynamic, func(m memory) { m.put32(atHeader+32, 512) }, fault.ErrCorrupt},
 
-		{"a block in the footer's copy", dynamic, func(m memory) { m.put32(tableOffset, 0) }, fault.ErrCorrupt},
-		{"a block behind the end", dynamic, func(m memory) { m.put32(tableOffset, 1<<32-2) }, fault.ErrCorrupt},
-		{"a layer's block behind the end", layered, func(m memory) { m.put32(tableOffset, 1<<32-2) }, fault.ErrCorrupt},
-		{"a bitmap that reaches into the footer", layered, func(m memory) { m.put32(tableOffset, uint32(len(m)/512-1)) }, fault.ErrCorrupt},
-		{"two blocks in one place", dynamic, func(m memory) { copy(m[tableOffset+4:], m[tableOffset:tableOffset+4]) }, nil},
+		{"tables/a block in the footer's copy", dynamic, func(m memory) { m.put32(tableOffset, 0) }, fault.ErrCorrupt},
+		{"tables/a block behind the end", dynamic, func(m memory) { m.put32(tableOffset, 1<<32-2) }, fault.ErrCorrupt},
+		{"tables/a layer's block behind the end", layered, func(m memory) { m.put32(tableOffset, 1<<32-2) }, fault.ErrCorrupt},
+		{"tables/a bitmap that reaches into the footer", layered, func(m memory) { m.put32(tableOffset, uint32(len(m)/512-1)) }, fault.ErrCorrupt},
+		{"tables/a block in the table", dynamic, func(m memory) { m.put32(tableOffset, tableOffset/512) }, fault.ErrCorrupt},
+		{"tables/a block in the header", dynamic, func(m memory) { m.put32(tableOffset, 1) }, fault.ErrCorrupt},
+		{"tables/a layer's bitmap in the table", layered, func(m memory) { m.put32(tableOffset, tableOffset/512) }, fault.ErrCorrupt},
+		{"structure/two blocks in one place", dynamic, func(m memory) { copy(m[tableOffset+4:], m[tableOffset:tableOffset+4]) }, nil},
 
-		{"a locator of 4 GiB", layered, func(m memory) { m.put32(atHeader+576+8, 1<<32-1) }, fault.ErrCorrupt},
-		{"a locator behind the end", layered, func(m memory) { m.put64(atHeader+576+16, 1<<40) }, fault.ErrCorrupt},
-		{"a locator at 2^63", layered, func(m memory) { m.put64(atHeader+576+16, 1<<63) }, fault.ErrCorrupt},
-		{"a locator of no known kind", layered, func(m memory) { m[atHeader+576] = 'X' }, nil},
+		{"paths/a locator of 4 GiB", layered, func(m memory) { m.put32(atHeader+576+8, 1<<32-1) }, fault.ErrCorrupt},
+		{"paths/a locator behind the end", layered, func(m memory) { m.put64(atHeader+576+16, 1<<40) }, fault.ErrCorrupt},
+		{"paths/a locator at 2^63", layered, func(m memory) { m.put64(atHeader+576+16, 1<<63) }, fault.ErrCorrupt},
+		{"paths/a locator of no known kind", layered, func(m memory) { m[atHeader+576] = 'X' }, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var m memory
@@ -188,8 +193,18 @@ func TestEveryChecksumCounts(t *testing.T) {
 	if err := spoilt(atEnd + 300); err != nil {
 		t.Errorf("a bad footer and a good copy: %v", err)
 	}
-	if err := spoilt(300, atEnd+300); !errors.Is(err, fault.ErrCorrupt) {
+	if err := spoilt(300, atEnd+301); !errors.Is(err, fault.ErrCorrupt) {
 		t.Errorf("a bad footer and a bad copy: %v", err)
+	}
+	// What is the same in both was edited, not damaged.
+	if err := spoilt(70, atEnd+70); err != nil {
+		t.Errorf("an edited identity: %v", err)
+	}
+	if err := spoilt(70, atEnd+70, atHeader+45); err != nil {
+		t.Errorf("edited identities of disk and parent: %v", err)
+	}
+	if err := spoilt(0, atEnd); !errors.Is(err, fault.ErrCorrupt) {
+		t.Errorf("no footer at all: %v", err)
 	}
 	if err := spoilt(atHeader + 900); !errors.Is(err, fault.ErrCorrupt) {
 		t.Errorf("a bad header: %v", err)
@@ -241,7 +256,7 @@ func TestSizeByCreator(t *testing.T) {
 
 // A file cut anywhere gives an error, or the right bytes where only its unused
 // end is gone; never zeros for what was there.
-func TestTruncation(t *testing.T) {
+func TestHostileTruncation(t *testing.T) {
 	for _, m := range []memory{file(t, image.CreateOptions{}), overParent(t), file(t, image.CreateOptions{Variant: "fixed"})} {
 		ref, err := OpenLayer(m)
 		if err != nil {

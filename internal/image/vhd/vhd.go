@@ -14,9 +14,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io/fs"
 	"iter"
 	"strings"
+	"time"
 
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/fault"
@@ -32,9 +32,10 @@ type Image struct {
 	names    []string
 	warnings []string
 
-	dataEnd     int64 // blocks end here at the latest
-	atEnd       bool  // the footer at the end is good, so a block that ends there is whole
-	bitmapBytes int64 // before every block
+	dataEnd     int64           // blocks end here at the latest
+	taken       []extent.Extent // of the file, where no block lies
+	atEnd       bool            // the footer at the end is good, so a block that ends there is whole
+	bitmapBytes int64           // before every block
 	pages       *layer.Pages
 	disk        layer.Disk
 }
@@ -51,9 +52,11 @@ func Open(f image.File, parent image.OpenParent) (*Image, error) {
 		return nil, err
 	}
 	if img.footer.kind == typeDifferencing {
-		if img.disk.Parent, err = img.openParent(parent); err != nil {
+		var warnings []string
+		if img.disk.Parent, warnings, err = img.parent().Open(parent); err != nil {
 			return nil, err
 		}
+		img.warnings = append(img.warnings, warnings...)
 	}
 	return img, nil
 }
@@ -62,10 +65,17 @@ func Open(f image.File, parent image.OpenParent) (*Image, error) {
 // hold is Absent and reads as zeros.
 func OpenLayer(f image.File) (*Image, error) {
 	ft, end, atEnd, err := findFooter(f)
+	edited := false
 	if err != nil {
-		return nil, err
+		if ft, end, edited = editedFooter(f); !edited {
+			return nil, err
+		}
+		atEnd = true
 	}
 	img := &Image{file: f, footer: ft, dataEnd: end, atEnd: atEnd}
+	if edited {
+		img.warnings = append(img.warnings, "both footers have the same wrong checksum: somebody edited them")
+	}
 	if !atEnd {
 		img.warnings = append(img.warnings, "the footer at the end is missing or damaged; its copy at the start was used")
 	}
@@ -79,29 +89,45 @@ func OpenLayer(f image.File) (*Image, error) {
 	case ft.kind == typeFixed && size > end:
 		return nil, fault.Corrupt(f.Name(), end, "a fixed disk of %d bytes in a file that holds %d", size, end)
 	case ft.kind == typeFixed:
-		img.disk.Map = mapFixed
+		img.disk.Map, img.disk.Holes = mapFixed, true
 	case ft.kind == typeDynamic || ft.kind == typeDifferencing:
-		if img.header, err = readHeader(f, ft.dataOffset); err != nil {
+		if err := img.readTables(size, edited); err != nil {
 			return nil, err
-		}
-		h := img.header
-		if need := (size-1)/h.blockBytes + 1; size > 0 && h.entries < need {
-			return nil, fault.Corrupt(f.Name(), ft.dataOffset, "%d table entries where %d blocks are needed", h.entries, need)
-		}
-		bits := h.blockBytes / sectorBytes
-		img.bitmapBytes = ((bits+7)/8 + sectorBytes - 1) / sectorBytes * sectorBytes
-		img.pages = layer.NewPages(f.Name(), f, f.Bytes())
-		img.disk.Map = img.mapBlock
-		if ft.kind == typeDifferencing {
-			if img.names, err = h.parentNames(f); err != nil {
-				return nil, err
-			}
 		}
 	default:
 		return nil, fmt.Errorf("%s: VHD of type %d: %w", f.Name(), ft.kind, fault.ErrUnsupported)
 	}
 	img.disk.Name, img.disk.File, img.disk.Bytes = f.Name(), f, size
 	return img, nil
+}
+
+// readTables reads what only a dynamic or differencing disk has.
+func (img *Image) readTables(size int64, edited bool) error {
+	f, at := img.file, img.footer.dataOffset
+	h, sealed, err := readHeader(f, at)
+	if err != nil {
+		return err
+	}
+	if !sealed && !edited {
+		return fault.Corrupt(f.Name(), at, "dynamic header: wrong checksum")
+	}
+	need := size / h.blockBytes
+	if size%h.blockBytes > 0 {
+		need++
+	}
+	if h.entries < need {
+		return fault.Corrupt(f.Name(), at, "%d table entries where %d blocks are needed", h.entries, need)
+	}
+	bits := h.blockBytes / sectorBytes
+	img.header = h
+	img.bitmapBytes = ((bits+7)/8 + sectorBytes - 1) / sectorBytes * sectorBytes
+	img.taken = []extent.Extent{{Len: footerBytes}, {Off: at, Len: headerBytes}, {Off: h.tableOffset, Len: 4 * need}}
+	img.pages = layer.NewPages(f.Name(), f, f.Bytes())
+	img.disk.Map = img.mapBlock
+	if img.footer.kind == typeDifferencing {
+		img.names, err = h.parentNames(f)
+	}
+	return err
 }
 
 // Probe says whether f has a VHD's footer. A raw disk may end in one too, if
@@ -111,34 +137,13 @@ func Probe(f image.File) bool {
 	return err == nil
 }
 
-func (img *Image) openParent(open image.OpenParent) (image.Image, error) {
-	if open == nil {
-		return nil, fmt.Errorf("%s: parent %q: %w", img.file.Name(), strings.Join(img.names, `", "`), image.ErrNotAllowed)
+// parent is what a differencing disk says of its parent.
+func (img *Image) parent() layer.Child {
+	return layer.Child{
+		Name: img.file.Name(), Format: image.VHD, Names: img.names,
+		Identities: []string{img.header.parent.String()}, IdentityName: "UUID",
+		Bytes: img.disk.Bytes, SectorBytes: sectorBytes,
 	}
-	if len(img.names) == 0 {
-		return nil, fault.Corrupt(img.file.Name(), img.footer.dataOffset, "a differencing disk that names no parent")
-	}
-	var first error
-	for _, name := range img.names {
-		p, err := open(name, image.VHD)
-		if err == nil {
-			if id := p.Info().Identity; id == img.header.parent.String() {
-				return p, nil
-			} else {
-				p.Close()
-				err = fault.Corrupt(img.file.Name(), -1, "its parent has the UUID %s, but %q has %s", img.header.parent, name, id)
-			}
-		}
-		// A name that leads nowhere says less than one that led to something wrong.
-		if first == nil || missing(first) && !missing(err) {
-			first = err
-		}
-	}
-	return nil, fmt.Errorf("%s: parent: %w", img.file.Name(), first)
-}
-
-func missing(err error) bool {
-	return errors.Is(err, image.ErrNotAllowed) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fault.ErrNotFound)
 }
 
 // Size is the virtual size in bytes.
@@ -172,6 +177,7 @@ func (img *Image) Info() image.Info {
 		Identity:   img.footer.id.String(),
 		Warnings:   img.warnings,
 		FormatDetails: map[string]string{
+			"created":  epoch.Add(time.Duration(img.footer.stamp) * time.Second).Format(time.RFC3339),
 			"geometry": fmt.Sprintf("%d/%d/%d", img.footer.geometry.cylinders, img.footer.geometry.heads, img.footer.geometry.sectors),
 		},
 	}
@@ -216,17 +222,23 @@ func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 		return e, nil
 	}
 	bitmap := int64(sector) * sectorBytes
+	block := bitmap + img.bitmapBytes
+	for _, t := range img.taken {
+		if bitmap < t.End() && t.Off < block+img.header.blockBytes {
+			return e, fault.Corrupt(img.file.Name(), at, "the block at disk offset %d lies at %d, across what lies at %d", off-within, bitmap, t.Off)
+		}
+	}
 	if img.footer.kind == typeDifferencing {
-		here, run, err := img.run(bitmap, within, e.Len)
+		first := within / sectorBytes
+		here, same, err := img.pages.Run(bitmap, first, (within+e.Len-1)/sectorBytes+1-first, layer.HighFirst)
 		if err != nil {
 			return e, err
 		}
-		if e.Len = run; !here {
+		if e.Len = min(e.Len, (first+same)*sectorBytes-within); !here {
 			return e, nil
 		}
 	}
-	block := bitmap + img.bitmapBytes
-	if bitmap < footerBytes || block >= img.dataEnd {
+	if block >= img.dataEnd {
 		return e, fault.Corrupt(img.file.Name(), at, "the block at disk offset %d lies at %d of %d bytes", off-within, bitmap, img.dataEnd)
 	}
 	e.Kind, e.FileOffset = image.Data, block+within
@@ -247,26 +259,3 @@ func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 
 // absent is the table's entry of a block that is not in the file.
 const absent = 1<<32 - 1
-
-// run reads the block's bitmap from the byte within of the block on: whether
-// that byte is in the file, and for how many of n bytes the answer is the
-// same. The first sector is the most significant bit.
-func (img *Image) run(bitmap, within, n int64) (here bool, run int64, err error) {
-	first, last := within/sectorBytes, (within+n-1)/sectorBytes
-	for sector := first; sector <= last; {
-		from := sector / 8
-		p, err := img.pages.Peek(bitmap+from, 1, last/8-from+1)
-		if err != nil {
-			return false, 0, err
-		}
-		for ; sector <= last && sector/8 < from+int64(len(p)); sector++ {
-			bit := p[sector/8-from]>>(7-sector%8)&1 == 1
-			if sector == first {
-				here = bit
-			} else if bit != here {
-				return here, sector*sectorBytes - within, nil
-			}
-		}
-	}
-	return here, n, nil
-}

@@ -7,13 +7,12 @@ import (
 	"fmt"
 	"math/bits"
 	"os"
-	"path/filepath"
-	"runtime"
 	"sync"
 	"time"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
 
 // MaxBytes is the largest virtual disk that Windows takes as VHD.
@@ -34,24 +33,23 @@ const (
 	creatorOS      = "Wi2k"
 )
 
-// Writer writes a fixed, dynamic or differencing VHD, from any number of goroutines in any
-// order.
+// Writer writes a fixed, dynamic or differencing VHD, from any number of
+// goroutines in any order.
 type Writer struct {
-	file   *os.File
-	sync   func() error
-	closed bool
+	file *layer.Output
 
 	limit  int64 // what WriteAt takes: the virtual size as it was asked for
 	footer footer
 	header header // unless fixed
 	bitmap []byte // of a block that is whole
 
-	locator []byte // of a differencing disk: the parent's name
+	locator  []byte // of a differencing disk: the parent's name
+	warnings []string
 
 	mu     sync.Mutex
-	table  []uint32          // block to sector, absent for none
-	sparse map[int64]*sparse // of a differencing disk, the blocks that were written to
-	end    int64             // of the blocks
+	table  []uint32                 // block to sector, absent for none
+	sparse map[int64]*layer.Sectors // of a differencing disk, the blocks that were written to
+	end    int64                    // of the blocks
 }
 
 var _ image.Writer = (*Writer)(nil)
@@ -59,25 +57,28 @@ var _ image.Writer = (*Writer)(nil)
 // Create makes the file path, which must not exist. Finish also syncs the
 // directory, so that the file's name survives a power cut with its content.
 func Create(path string, o image.CreateOptions) (*Writer, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := layer.Create(path)
 	if err != nil {
 		return nil, err
 	}
-	w, err := NewWriter(f, o)
+	w, err := newWriter(f, o)
 	if err != nil {
-		f.Close()
-		os.Remove(path)
+		f.Discard()
 		return nil, err
 	}
-	w.sync = func() error { return syncDir(filepath.Dir(path)) }
 	return w, nil
 }
 
 // NewWriter writes the image to f, a regular file whose content is dropped and
 // which belongs to the Writer once there is one. The variant is "dynamic", the
-// default, or "fixed"; with a parent it is differencing. A VHD has whole sectors: the disk is
-// o.VirtualBytes rounded up to 512, and ends in zeros where that added bytes.
+// default, or "fixed"; with a parent it is differencing. A VHD has whole
+// sectors: the disk is o.VirtualBytes rounded up to 512, and ends in zeros
+// where that added bytes.
 func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
+	return newWriter(&layer.Output{File: f}, o)
+}
+
+func newWriter(f *layer.Output, o image.CreateOptions) (*Writer, error) {
 	if o.VirtualBytes < 0 || o.Compression != "" {
 		return nil, fmt.Errorf("a VHD of %d bytes, compressed by %q", o.VirtualBytes, o.Compression)
 	}
@@ -120,6 +121,12 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 	default:
 		return nil, fmt.Errorf("no VHD variant %q: take dynamic or fixed", o.Variant)
 	}
+	if size != o.VirtualBytes {
+		w.warnings = append(w.warnings, fmt.Sprintf("a VHD has whole sectors: the disk of %d bytes became %d", o.VirtualBytes, size))
+	}
+	if w.footer.kind == typeFixed && size%(1<<20) != 0 {
+		w.warnings = append(w.warnings, fmt.Sprintf("Azure takes only fixed VHDs of whole MiB, and this disk has %d bytes", size))
+	}
 	if err := f.Truncate(0); err != nil {
 		return nil, err
 	}
@@ -160,11 +167,8 @@ func (w *Writer) Ordered() bool { return false }
 // WriteAt writes p. Zeros make no block; in a differencing disk they hide the
 // parent.
 func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
-	if off < 0 || off > w.limit || int64(len(p)) > w.limit-off {
-		return 0, fmt.Errorf("write of %d bytes at %d to a disk of %d", len(p), off, w.limit)
-	}
-	if unit := w.Unit(); off%unit != 0 || int64(len(p))%unit != 0 {
-		return 0, fmt.Errorf("write of %d bytes at %d to sectors of %d", len(p), off, unit)
+	if err := layer.InDisk(off, int64(len(p)), w.limit, w.Unit()); err != nil {
+		return 0, err
 	}
 	done := 0
 	for done < len(p) {
@@ -252,37 +256,11 @@ func (w *Writer) Finish() error {
 	if _, err := w.file.WriteAt(f, end); err != nil {
 		return err
 	}
-	if err := w.file.Sync(); err != nil {
-		return err
-	}
-	w.closed = true
-	if err := w.file.Close(); err != nil {
-		return err
-	}
-	if w.sync != nil {
-		return w.sync()
-	}
-	return nil
+	return w.file.Finish()
 }
 
 // Close closes the file and leaves it where it is.
-func (w *Writer) Close() error {
-	if w.closed {
-		return nil
-	}
-	w.closed = true
-	return w.file.Close()
-}
+func (w *Writer) Close() error { return w.file.Close() }
 
-func syncDir(dir string) error {
-	if runtime.GOOS == "windows" {
-		return nil // it cannot be done there, and NTFS journals its names
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	d.Close()
-	return err
-}
+// Warnings says in what the image is not what its user may expect.
+func (w *Writer) Warnings() []string { return w.warnings }

@@ -7,14 +7,8 @@ import (
 	"strings"
 
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
-
-// A sparse block of a differencing disk has some sectors and leaves others to
-// the parent.
-type sparse struct {
-	bits []byte // least significant first; nil once all sectors are there
-	left int64  // sectors that are not there
-}
 
 // child makes m the metadata of a layer over o.Parent.
 func (m *metadata) child(o image.CreateOptions) error {
@@ -34,14 +28,7 @@ func (m *metadata) child(o image.CreateOptions) error {
 	if id, ok := parseGUID(o.ParentInfo.FormatDetails["disk identity"]); ok {
 		m.diskID = id // the disk is the same, whichever layer shows it
 	}
-	name := strings.ReplaceAll(o.Parent, "/", `\`)
-	key := "relative_path"
-	switch {
-	case strings.HasPrefix(name, `\`) || len(name) > 1 && name[1] == ':':
-		key = "absolute_win32_path"
-	case !strings.HasPrefix(name, `.`):
-		name = `.\` + name
-	}
+	key, name := locate(o.Parent)
 	if len(name) > 1<<14 {
 		return errors.New("the parent's name is too long")
 	}
@@ -50,29 +37,39 @@ func (m *metadata) child(o image.CreateOptions) error {
 	return nil
 }
 
+// locate is the key and the value by which a locator names a parent. Absolute
+// names are of the kind that Windows does not shorten.
+func locate(parent string) (key, name string) {
+	name = strings.ReplaceAll(parent, "/", `\`)
+	switch {
+	case strings.HasPrefix(name, `\\?\`):
+		return "absolute_win32_path", name
+	case strings.HasPrefix(name, `\\`):
+		return "absolute_win32_path", `\\?\UNC` + name[1:]
+	case len(name) > 1 && name[1] == ':':
+		return "absolute_win32_path", `\\?\` + name
+	case strings.HasPrefix(name, `\`):
+		// Windows knows no such path, and would look for it on its present drive.
+		name = name[strings.LastIndexByte(name, '\\')+1:]
+	case strings.HasPrefix(name, `.\`) || strings.HasPrefix(name, `..\`):
+		return "relative_path", name
+	}
+	return "relative_path", `.\` + name
+}
+
 // mark records that a range within one block is not the parent's any more.
 func (w *Writer) mark(off, n int64) {
-	block, within := off/w.meta.blockBytes, off%w.meta.blockBytes
+	sector := w.meta.logicalSector
+	block, first := off/w.meta.blockBytes, off%w.meta.blockBytes/sector
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	s := w.sparse[block]
 	if s == nil {
 		length := min(w.meta.blockBytes, w.meta.diskBytes-block*w.meta.blockBytes)
-		s = &sparse{bits: make([]byte, w.meta.blockBytes/w.meta.logicalSector/8), left: length / w.meta.logicalSector}
+		s = layer.NewSectors(length/sector, w.meta.blockBytes/sector/8, layer.LowFirst)
 		w.sparse[block] = s
 	}
-	if s.bits == nil {
-		return
-	}
-	for i := within / w.meta.logicalSector; i < (within+n)/w.meta.logicalSector; i++ {
-		if bit := byte(1) << (i % 8); s.bits[i/8]&bit == 0 {
-			s.bits[i/8] |= bit
-			s.left--
-		}
-	}
-	if s.left == 0 {
-		s.bits = nil
-	}
+	s.Mark(first, (n+sector-1)/sector)
 }
 
 // placeSparse gives a place to blocks of which only some sectors were written
@@ -84,7 +81,7 @@ func (w *Writer) placeSparse() error {
 		return nil
 	}
 	for n := range w.blocks() {
-		if s := w.sparse[n]; s != nil && s.bits != nil {
+		if s := w.sparse[n]; s != nil && s.Bits != nil {
 			w.place(n)
 		}
 	}
@@ -103,13 +100,13 @@ func (w *Writer) writeBitmaps() error {
 		var bitmap []byte
 		for n := from; n < min(from+w.ratio, blocks); n++ {
 			s := w.sparse[n]
-			if s == nil || s.bits == nil {
+			if s == nil || s.Bits == nil {
 				continue
 			}
 			if bitmap == nil {
 				bitmap = make([]byte, bitmapBytes)
 			}
-			copy(bitmap[(n-from)*perBlock:], s.bits)
+			copy(bitmap[(n-from)*perBlock:], s.Bits)
 		}
 		if bitmap == nil {
 			continue

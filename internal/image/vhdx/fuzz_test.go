@@ -5,12 +5,14 @@ import (
 	"context"
 	"encoding/binary"
 	"io"
+	"os"
 	"path/filepath"
 	"slices"
 	"testing"
 
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/imagetest"
 )
 
 // places is where a fuzzer's changes go: a VHDX is at least 4 MiB long, and
@@ -40,19 +42,103 @@ func (m memory) sealLog() {
 	}
 }
 
-// Whatever the bytes say, opening, walking and reading neither panic nor loop,
-// and agree with each other.
-func FuzzOpen(f *testing.F) {
+// A patched file is a sample whose first MiB, all but the blocks, are in memory.
+type patched struct {
+	head memory
+	rest image.File
+}
+
+func (f patched) ReadAt(p []byte, off int64) (int, error) {
+	n, err := f.rest.ReadAt(p, off)
+	if off < int64(len(f.head)) {
+		copy(p[:n], f.head[off:])
+	}
+	return n, err
+}
+func (f patched) Bytes() int64 { return f.rest.Bytes() }
+func (f patched) Name() string { return "patched" }
+func (f patched) Close() error { return nil }
+
+// survive opens, walks and reads a file, which must neither panic nor loop,
+// and whose reads and extents must agree.
+func survive(t *testing.T, f image.File, parent image.OpenParent) {
+	img, err := Open(f, parent)
+	if err != nil {
+		if img, err = OpenLayer(f); err != nil {
+			return
+		}
+	}
+	img.Info()
+	n := 0
+	for e, err := range img.Extents(context.Background(), extent.Extent{Len: img.Size()}) {
+		if err != nil || n == 100 {
+			break
+		}
+		n++
+		buf := bytes.Repeat([]byte{0xa5}, int(min(e.Len, 4096)))
+		if got, err := img.ReadAt(buf, e.Off); err != nil && err != io.EOF || got != len(buf) {
+			t.Fatalf("%+v cannot be read: %d, %v", e, got, err)
+		}
+		if e.Kind != image.Data && len(bytes.Trim(buf, "\x00")) > 0 {
+			t.Fatalf("%+v is not zero", e)
+		}
+	}
+}
+
+// A seed is an image that a fuzzer changes, and puts right again.
+type seed struct {
+	file image.File
+	head memory // of file, what the fuzzer changes
+	good memory // head as it was
+}
+
+func newSeed(f image.File, head memory) seed {
+	return seed{f, head, slices.Clone(head)}
+}
+
+// restore undoes what change, seal and sealLog did.
+func (s seed) restore() {
+	for _, at := range places {
+		n := min(at+12<<10, int64(len(s.head)))
+		copy(s.head[at:n], s.good[at:n])
+	}
+	copy(s.head[logOffset:metadataOffset], s.good[logOffset:metadataOffset])
+}
+
+// seeds are images of our own of every kind and, where they are, samples.
+func seeds(f *testing.F) (list []seed, parent image.OpenParent) {
 	clean := file(f, image.CreateOptions{})
 	dirty := slices.Clone(clean)
 	at := blockOf(dirty, 0)
 	n := dirty.log(logEntry{0, 0, 7, int64(len(dirty)), int64(len(dirty)), []logChange{{off: at, page: page(9)}}})
 	dirty.log(logEntry{n, 0, 8, int64(len(dirty)), int64(len(dirty)) + mib, []logChange{{off: at + 4096, bytes: 8192}, {off: at, page: page(8)}}})
 	dirty.dirty()
-	base := []memory{clean, overParent(f), dirty, file(f, image.CreateOptions{SectorBytes: 4096})}
-	work := make([]memory, len(base))
+	for _, m := range []memory{slices.Clone(clean), overParent(f), dirty, file(f, image.CreateOptions{SectorBytes: 4096})} {
+		list = append(list, newSeed(m, m))
+	}
+	if dir := os.Getenv("BACKSTAY_SAMPLES"); dir != "" && dir != "none" {
+		for _, name := range []string{"dfvfs/fat-differential.vhdx.gz", "discutils/vhdx-log-replay.vhdx.gz", "dfvfs/ext2.vhdx.gz"} {
+			path, _ := imagetest.Sample(f, name)
+			rest, err := image.OpenFile(path)
+			if err != nil {
+				f.Fatal(err)
+			}
+			f.Cleanup(func() { rest.Close() })
+			head := make(memory, 4*mib)
+			if _, err := rest.ReadAt(head, 0); err != nil {
+				f.Fatal(err)
+			}
+			list = append(list, newSeed(patched{head, rest}, head))
+		}
+	}
+	return list, func(string, image.Format) (image.Image, error) { return OpenLayer(clean) }
+}
+
+// Whatever the bytes say, opening, walking and reading neither panic nor loop,
+// and agree with each other.
+func FuzzOpen(f *testing.F) {
+	base, parent := seeds(f)
 	for i := range base {
-		work[i] = slices.Clone(base[i])
 		f.Add(uint8(i), true, []byte{4, 0, 10, 1, 5, 0})
 		f.Add(uint8(i), false, []byte{5, 0, 0, 3, 0, 0, 0, 1})
 		f.Add(uint8(i), true, []byte{7, 0, 8, 7, 3, 0, 0x50, 0, 0, 0, 0, 0})
@@ -60,37 +146,64 @@ func FuzzOpen(f *testing.F) {
 		f.Add(uint8(i), true, []byte{6, 0, 20, 7, 0, 0, 0, 40, 0, 0, 0, 40})
 	}
 	f.Fuzz(func(t *testing.T, kind uint8, seal bool, records []byte) {
-		m := work[int(kind)%len(base)]
-		defer copy(m[:tableOffset+mib], base[int(kind)%len(base)])
-		m.change(records)
+		s := base[int(kind)%len(base)]
+		defer s.restore()
+		s.head.change(records)
 		if seal {
-			m.seal()
-			m.sealLog()
+			s.head.seal()
+			s.head.sealLog()
 		}
-		parent := func(string, image.Format) (image.Image, error) { return OpenLayer(clean) }
-		img, err := Open(m, parent)
-		if err != nil {
-			if img, err = OpenLayer(m); err != nil {
-				return
-			}
-		}
-		img.Info()
-		n := 0
-		for e, err := range img.Extents(context.Background(), extent.Extent{Len: img.Size()}) {
-			if err != nil || n == 100 {
-				break
-			}
-			n++
-			buf := bytes.Repeat([]byte{0xa5}, int(min(e.Len, 4096)))
-			if got, err := img.ReadAt(buf, e.Off); err != nil && err != io.EOF || got != len(buf) {
-				t.Fatalf("%+v cannot be read: %d, %v", e, got, err)
-			}
-			if e.Kind != image.Data && len(bytes.Trim(buf, "\x00")) > 0 {
-				t.Fatalf("%+v is not zero", e)
-			}
-		}
+		survive(t, s.file, parent)
 	})
 }
+
+// part is a fuzz target that puts bytes at one place of a small image, which
+// is a layer over a parent if the fuzzer wants.
+func part(f *testing.F, at, most int64, prepare func(m memory)) {
+	clean := file(f, image.CreateOptions{})
+	parent := func(string, image.Format) (image.Image, error) { return OpenLayer(clean) }
+	base := [2]seed{}
+	for i, m := range []memory{slices.Clone(clean), overParent(f)} {
+		base[i] = newSeed(m, m)
+		n := 256
+		if at == logOffset {
+			n = 3 * logSector
+			end := int64(len(m))
+			next := m.log(logEntry{0, 0, 7, end, end, []logChange{{off: blockOf(m, 0), page: page(9)}}})
+			m.log(logEntry{next, 0, 8, end, end, []logChange{{off: tableOffset + 4096, bytes: 4096}}})
+		}
+		f.Add(i == 1, true, bytes.Clone(m[at:at+int64(n)]))
+		copy(m, base[i].good)
+	}
+	f.Fuzz(func(t *testing.T, layered, seal bool, p []byte) {
+		s := base[0]
+		if layered {
+			s = base[1]
+		}
+		n := min(int64(len(p)), most)
+		defer copy(s.head, s.good[:regions1])
+		defer copy(s.head[at:at+most], s.good[at:])
+		copy(s.head[at:], p[:n])
+		if prepare != nil {
+			prepare(s.head)
+		}
+		if seal {
+			s.head.sealLog()
+		}
+		survive(t, s.file, parent)
+	})
+}
+
+// FuzzLog makes the log's sectors of bytes.
+func FuzzLog(f *testing.F) { part(f, logOffset, 8*logSector, memory.dirty) }
+
+// FuzzMetadata makes the metadata's items of bytes, and FuzzMetadataTable what
+// names them.
+func FuzzMetadata(f *testing.F)      { part(f, atParameters, 2048, nil) }
+func FuzzMetadataTable(f *testing.F) { part(f, metadataOffset, 2048, nil) }
+
+// FuzzTable makes the block allocation table of bytes.
+func FuzzTable(f *testing.F) { part(f, tableOffset, 256, nil) }
 
 // What was written is read, whatever the order, lengths and places.
 func FuzzRoundTrip(f *testing.F) {

@@ -2,15 +2,18 @@ package vhdx
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"hash/crc32"
 	"io"
+	"slices"
 	"unicode/utf16"
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
 
 const (
@@ -91,38 +94,37 @@ func (h header) encode() []byte {
 	return p
 }
 
-// readHeaders finds the header that counts. twins says that both are the same
-// to the last byte, as in a file that its maker wrote in one go and that
-// nobody opened for writing since.
-func readHeaders(file image.File) (h header, twins bool, err error) {
+// readHeaders finds the header that counts, of good ones. twins says that both
+// are the same to the last byte, as in a file that its maker wrote in one go
+// and that nobody opened for writing since.
+func readHeaders(file image.File) (h header, good int, twins bool, err error) {
 	var p [2][headerBytes]byte
-	valid := 0
 	best := -1
 	for i, off := range []int64{header1, header2} {
-		if err := readFull(file, file.Name(), p[i][:], off); err != nil {
-			return h, false, err
+		if err := layer.ReadFull(file, file.Name(), p[i][:], off); err != nil {
+			return h, good, false, err
 		}
 		if string(p[i][:4]) != "head" || binary.LittleEndian.Uint32(p[i][4:]) != checksum(p[i][:]) {
 			continue
 		}
-		valid++
+		good++
 		if best < 0 || sequence(p[i][:]) > sequence(p[best][:]) {
 			best = i
 		}
 	}
 	if best < 0 {
-		return h, false, fault.Corrupt(file.Name(), header1, "neither header has a right checksum")
+		return h, good, false, fault.Corrupt(file.Name(), header1, "neither header has a right checksum")
 	}
-	if valid == 2 && sequence(p[0][:]) == sequence(p[1][:]) {
+	if good == 2 && sequence(p[0][:]) == sequence(p[1][:]) {
 		if twins = bytes.Equal(p[0][:], p[1][:]); !twins {
-			return h, false, fault.Corrupt(file.Name(), header1, "two different headers with the same sequence number")
+			return h, good, false, fault.Corrupt(file.Name(), header1, "two different headers with the same sequence number")
 		}
 	}
 	q := p[best][:]
 	if v, log := binary.LittleEndian.Uint16(q[66:]), binary.LittleEndian.Uint16(q[64:]); v != 1 {
-		return h, false, fmt.Errorf("%s: VHDX version %d: %w", file.Name(), v, fault.ErrUnsupported)
+		return h, good, false, fmt.Errorf("%s: VHDX version %d: %w", file.Name(), v, fault.ErrUnsupported)
 	} else if log != 0 {
-		return h, false, fmt.Errorf("%s: VHDX log version %d: %w", file.Name(), log, fault.ErrUnsupported)
+		return h, good, false, fmt.Errorf("%s: VHDX log version %d: %w", file.Name(), log, fault.ErrUnsupported)
 	}
 	h = header{
 		sequence:  sequence(q),
@@ -133,9 +135,9 @@ func readHeaders(file image.File) (h header, twins bool, err error) {
 		logOffset: int64(binary.LittleEndian.Uint64(q[72:])),
 	}
 	if h.logBytes%mib != 0 || h.logOffset%mib != 0 || h.logOffset < 0 || h.logBytes > 0 && h.logOffset < mib {
-		return h, false, fault.Corrupt(file.Name(), header1, "a log of %d bytes at %d", h.logBytes, h.logOffset)
+		return h, good, false, fault.Corrupt(file.Name(), header1, "a log of %d bytes at %d", h.logBytes, h.logOffset)
 	}
-	return h, twins, nil
+	return h, good, twins, nil
 }
 
 func sequence(p []byte) uint64 { return binary.LittleEndian.Uint64(p[8:]) }
@@ -150,21 +152,29 @@ var (
 	regionMetadata = mustGUID("8b7ca206-4790-4b9a-b8fe-575f050f886e")
 )
 
-// readRegions reads the first region table that is good. taken is every
-// region, and the log, for checks that nothing else lies there.
-func readRegions(r io.ReaderAt, name string, end int64, h header) (table, metadata region, taken []region, err error) {
+// regions is what the region table says.
+type regions struct {
+	table, metadata region
+	taken           []region // every region, and the log: nothing else lies there
+	second          bool     // the first table is damaged, and its copy was used
+}
+
+// readRegions reads the first region table that is good.
+func readRegions(r io.ReaderAt, name string, end int64, h header) (regions, error) {
+	var s regions
 	p := make([]byte, regionBytes)
 	found := false
-	for _, off := range []int64{regions1, regions2} {
-		if err := readFull(r, name, p, off); err != nil {
-			return table, metadata, nil, err
+	for i, off := range []int64{regions1, regions2} {
+		if err := layer.ReadFull(r, name, p, off); err != nil {
+			return s, err
 		}
 		if found = string(p[:4]) == "regi" && binary.LittleEndian.Uint32(p[4:]) == checksum(p); found {
+			s.second = i == 1
 			break
 		}
 	}
-	bad := func(format string, args ...any) (region, region, []region, error) {
-		return table, metadata, nil, fault.Corrupt(name, regions1, format, args...)
+	bad := func(format string, args ...any) (regions, error) {
+		return s, fault.Corrupt(name, regions1, format, args...)
 	}
 	if !found {
 		return bad("neither region table has a right checksum")
@@ -173,9 +183,9 @@ func readRegions(r io.ReaderAt, name string, end int64, h header) (table, metada
 	if n > maxRegions {
 		return bad("%d regions", n)
 	}
-	taken = append(taken, region{0, mib})
+	s.taken = append(s.taken, region{0, mib})
 	if h.logBytes > 0 {
-		taken = append(taken, region{h.logOffset, h.logBytes})
+		s.taken = append(s.taken, region{h.logOffset, h.logBytes})
 	}
 	for i := range n {
 		e := p[16+32*i:][:32]
@@ -185,27 +195,28 @@ func readRegions(r io.ReaderAt, name string, end int64, h header) (table, metada
 			return bad("region %s of %d bytes at %d in a file of %d", id, bytes, off, end)
 		}
 		reg := region{int64(off), bytes}
-		for _, t := range taken {
+		for _, t := range s.taken {
 			if reg.off < t.end() && t.off < reg.end() {
 				return bad("region %s at %d overlaps what lies at %d", id, reg.off, t.off)
 			}
 		}
-		taken = append(taken, reg)
+		s.taken = append(s.taken, reg)
 		switch {
-		case id == regionTable && table.bytes == 0:
-			table = reg
-		case id == regionMetadata && metadata.bytes == 0:
-			metadata = reg
+		case id == regionTable && s.table.bytes == 0:
+			s.table = reg
+		case id == regionMetadata && s.metadata.bytes == 0:
+			s.metadata = reg
 		case id == regionTable || id == regionMetadata:
 			return bad("region %s is there twice", id)
 		case binary.LittleEndian.Uint32(e[28:])&1 != 0:
-			return table, metadata, nil, fmt.Errorf("%s: required region %s: %w", name, id, fault.ErrUnsupported)
+			return s, fmt.Errorf("%s: required region %s: %w", name, id, fault.ErrUnsupported)
 		}
 	}
-	if table.bytes == 0 || metadata.bytes == 0 {
+	if s.table.bytes == 0 || s.metadata.bytes == 0 {
 		return bad("no block allocation table or no metadata")
 	}
-	return table, metadata, taken, nil
+	slices.SortFunc(s.taken, func(a, b region) int { return cmp.Compare(a.off, b.off) })
+	return s, nil
 }
 
 func encodeRegions(table, metadata region) []byte {
@@ -224,18 +235,6 @@ func encodeRegions(table, metadata region) []byte {
 	}
 	binary.LittleEndian.PutUint32(p[4:], checksum(p))
 	return p
-}
-
-// readFull fills p from off; a file that ends before that is damaged.
-func readFull(r io.ReaderAt, name string, p []byte, off int64) error {
-	n, err := r.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil || err == io.EOF {
-		err = fault.Corrupt(name, off+int64(n), "the file ends where %d bytes should lie at %d", len(p), off)
-	}
-	return err
 }
 
 // utf16Text decodes p, which is all of a text or ends in zeros.

@@ -10,6 +10,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
 
 const (
@@ -132,16 +133,17 @@ func (l *logReader) active() ([]*entry, error) {
 			at += logSector
 			continue
 		}
+		// A run that begins later in this one ends in the same entry and has no
+		// tail either if this one has none.
 		last := run[len(run)-1]
+		at += used
 		if !has[last.tail] {
-			at += logSector
 			continue
 		}
 		if len(best) == 0 || last.sequence > best[len(best)-1].sequence {
 			i := slices.IndexFunc(run, func(e *entry) bool { return e.at == last.tail })
 			best = run[i:]
 		}
-		at += used
 	}
 	return best, nil
 }
@@ -196,7 +198,7 @@ func (l *logReader) read(p []byte, at int64) error {
 	for len(p) > 0 {
 		at %= l.header.logBytes
 		n := min(int64(len(p)), l.header.logBytes-at)
-		if err := readFull(l.file, l.file.Name(), p[:n], l.header.logOffset+at); err != nil {
+		if err := layer.ReadFull(l.file, l.file.Name(), p[:n], l.header.logOffset+at); err != nil {
 			return err
 		}
 		p, at = p[n:], at+n
@@ -365,7 +367,7 @@ func (r *replayed) change(p []byte, c piece, at int64) error {
 		return nil
 	}
 	var s [logSector]byte
-	if err := readFull(r.file, r.file.Name(), s[:], c.sector); err != nil {
+	if err := layer.ReadFull(r.file, r.file.Name(), s[:], c.sector); err != nil {
 		return err
 	}
 	copy(s[:8], c.lead[:])

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
 
 const (
@@ -98,7 +99,7 @@ func readMetadata(r io.ReaderAt, name string, reg region) (m metadata, err error
 			return bad("item %s has %d bytes, not %d", it.id, it.bytes, want)
 		}
 		p := make([]byte, it.bytes)
-		if err := readFull(r, name, p, reg.off+it.off); err != nil {
+		if err := layer.ReadFull(r, name, p, reg.off+it.off); err != nil {
 			return m, err
 		}
 		values[it.id] = p
@@ -140,7 +141,7 @@ func readMetadata(r io.ReaderAt, name string, reg region) (m metadata, err error
 // the table, and none overlaps another.
 func readItems(r io.ReaderAt, name string, reg region) ([]item, error) {
 	p := make([]byte, metadataTableBytes)
-	if err := readFull(r, name, p, reg.off); err != nil {
+	if err := layer.ReadFull(r, name, p, reg.off); err != nil {
 		return nil, err
 	}
 	bad := func(format string, args ...any) ([]item, error) {

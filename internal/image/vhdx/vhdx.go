@@ -17,8 +17,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"iter"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -50,10 +50,9 @@ type Image struct {
 	creator  string
 	header   header
 	meta     metadata
-	table    region
-	taken    []region // sorted: no block lies there
-	ratio    int64    // blocks in a chunk
-	cut      bool     // the file may end inside its last block
+	regions  regions
+	ratio    int64 // blocks in a chunk
+	cut      bool  // the file may end inside its last block
 	warnings []string
 
 	pages *layer.Pages
@@ -73,9 +72,11 @@ func Open(f image.File, parent image.OpenParent) (*Image, error) {
 		return nil, err
 	}
 	if img.meta.differencing {
-		if img.disk.Parent, err = img.openParent(parent); err != nil {
+		var warnings []string
+		if img.disk.Parent, warnings, err = img.parent().Open(parent); err != nil {
 			return nil, err
 		}
+		img.warnings = append(img.warnings, warnings...)
 	}
 	return img, nil
 }
@@ -87,13 +88,17 @@ func OpenLayer(f image.File) (*Image, error) {
 		return nil, fmt.Errorf("%s is no VHDX: it does not begin with %q: %w", f.Name(), signature, fault.ErrCorrupt)
 	}
 	var id [512]byte
-	if err := readFull(f, f.Name(), id[:], 8); err != nil {
+	if err := layer.ReadFull(f, f.Name(), id[:], 8); err != nil {
 		return nil, err
 	}
 	img := &Image{file: f, src: f, bytes: f.Bytes(), creator: utf16Text(id[:])}
 	var err error
-	if img.header, img.cut, err = readHeaders(f); err != nil {
+	var good int
+	if img.header, good, img.cut, err = readHeaders(f); err != nil {
 		return nil, err
+	}
+	if good == 1 {
+		img.warnings = append(img.warnings, "one of the two headers is damaged, as after a crash; the other was used")
 	}
 	if img.header.log != (guid{}) {
 		r, err := replay(f, img.header)
@@ -103,20 +108,24 @@ func OpenLayer(f image.File) (*Image, error) {
 		img.src, img.bytes = r, r.bytes
 		img.warnings = append(img.warnings, fmt.Sprintf("dirty log: %d entries were replayed in memory", r.entries))
 	}
-	var reg region
-	if img.table, reg, img.taken, err = readRegions(img.src, f.Name(), img.bytes, img.header); err != nil {
+	if img.regions, err = readRegions(img.src, f.Name(), img.bytes, img.header); err != nil {
+		if strings.EqualFold(filepath.Ext(f.Name()), ".vhds") {
+			return nil, fmt.Errorf("%s: a VHD set, which only says who uses the disk; its disk is in the .avhdx file: %w", f.Name(), fault.ErrUnsupported)
+		}
 		return nil, err
 	}
-	if img.meta, err = readMetadata(img.src, f.Name(), reg); err != nil {
+	if img.regions.second {
+		img.warnings = append(img.warnings, "the first region table is damaged; its copy was used")
+	}
+	if img.meta, err = readMetadata(img.src, f.Name(), img.regions.metadata); err != nil {
 		return nil, err
 	}
-	slices.SortFunc(img.taken, func(a, b region) int { return int((a.off - b.off) / mib) })
 	img.ratio = chunkRatio(img.meta)
-	if n := tableEntries(img.meta); n > img.table.bytes/8 {
-		return nil, fault.Corrupt(f.Name(), img.table.off, "a table of %d bytes where %d entries are needed", img.table.bytes, n)
+	if n := tableEntries(img.meta); n > img.regions.table.bytes/8 {
+		return nil, fault.Corrupt(f.Name(), img.regions.table.off, "a table of %d bytes where %d entries are needed", img.regions.table.bytes, n)
 	}
 	img.pages = layer.NewPages(f.Name(), img.src, img.bytes)
-	img.disk = layer.Disk{Name: f.Name(), File: img.src, Bytes: img.meta.diskBytes, Map: img.mapBlock}
+	img.disk = layer.Disk{Name: f.Name(), File: img.src, Bytes: img.meta.diskBytes, Map: img.mapBlock, Holes: img.meta.fixed}
 	return img, nil
 }
 
@@ -140,43 +149,13 @@ func tableEntries(m metadata) int64 {
 	return blocks + max(blocks-1, 0)/ratio
 }
 
-func (img *Image) openParent(open image.OpenParent) (image.Image, error) {
-	names := img.meta.parentNames()
-	if open == nil {
-		return nil, fmt.Errorf("%s: parent %q: %w", img.file.Name(), strings.Join(names, `", "`), image.ErrNotAllowed)
+// parent is what a differencing disk says of its parent.
+func (img *Image) parent() layer.Child {
+	return layer.Child{
+		Name: img.file.Name(), Format: image.VHDX, Names: img.meta.parentNames(),
+		Identities: img.meta.linkages(), IdentityName: "DataWriteGuid",
+		Bytes: img.meta.diskBytes, SectorBytes: int(img.meta.logicalSector),
 	}
-	links := img.meta.linkages()
-	if len(names) == 0 || len(links) == 0 {
-		return nil, fault.Corrupt(img.file.Name(), -1, "a differencing disk that names no parent or no parent_linkage")
-	}
-	var first error
-	for _, name := range names {
-		p, err := open(name, image.VHDX)
-		if err == nil {
-			info := p.Info()
-			switch {
-			case !slices.Contains(links, info.Identity):
-				err = fault.Corrupt(img.file.Name(), -1, "its parent has the DataWriteGuid %s, but %q has %s: the parent was written to since, or is another", links[0], name, info.Identity)
-			case info.SectorBytes != int(img.meta.logicalSector):
-				err = fault.Corrupt(img.file.Name(), -1, "it has sectors of %d bytes and its parent %q of %d", img.meta.logicalSector, name, info.SectorBytes)
-			default:
-				if info.VirtualBytes != img.meta.diskBytes {
-					img.warnings = append(img.warnings, fmt.Sprintf("the parent has %d bytes and this disk %d", info.VirtualBytes, img.meta.diskBytes))
-				}
-				return p, nil
-			}
-			p.Close()
-		}
-		// A name that leads nowhere says less than one that led to something wrong.
-		if first == nil || missing(first) && !missing(err) {
-			first = err
-		}
-	}
-	return nil, fmt.Errorf("%s: parent: %w", img.file.Name(), first)
-}
-
-func missing(err error) bool {
-	return errors.Is(err, image.ErrNotAllowed) || errors.Is(err, fs.ErrNotExist) || errors.Is(err, fault.ErrNotFound)
 }
 
 // Size is the virtual size in bytes.
@@ -232,7 +211,7 @@ func (img *Image) Info() image.Info {
 // entry reads an entry of the table, a state and an offset in the file, and
 // counts how many of most entries from there on are the same.
 func (img *Image) entry(n, most int64) (state int, off, same int64, err error) {
-	p, err := img.pages.Peek(img.table.off+8*n, 8, 8*most)
+	p, err := img.pages.Peek(img.regions.table.off+8*n, 8, 8*most)
 	if err != nil {
 		return 0, 0, 0, err
 	}
@@ -257,7 +236,7 @@ func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 		return e, err
 	}
 	bad := func(format string, args ...any) (image.Extent, error) {
-		return e, fault.Corrupt(img.file.Name(), img.table.off+8*index, "block %d: %w", block, fmt.Errorf(format, args...))
+		return e, fault.Corrupt(img.file.Name(), img.regions.table.off+8*index, "block %d: %w", block, fmt.Errorf(format, args...))
 	}
 	switch {
 	case state == stateNotPresent, state == stateUndefined, state == stateZero, state == stateUnmapped:
@@ -274,6 +253,9 @@ func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 	case state != statePresent:
 		return bad("state %d", state)
 	}
+	if at >= img.bytes {
+		return bad("it lies at %d in a file of %d bytes", at, img.bytes)
+	}
 	if err := img.free(at, img.meta.blockBytes); err != nil {
 		return bad("%w", err)
 	}
@@ -282,8 +264,6 @@ func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 		// Windows and qemu make the file as long as its blocks; disk2vhd lets
 		// it end with its data, and leaves twin headers.
 		switch {
-		case at >= img.bytes:
-			return bad("it lies at %d in a file of %d bytes", at, img.bytes)
 		case !img.cut:
 			return bad("it lies at %d, and the file of %d bytes ends inside it", at, img.bytes)
 		case left > 0:
@@ -297,14 +277,14 @@ func (img *Image) mapBlock(off, n int64) (image.Extent, error) {
 
 // free says what is wrong with n bytes at off as a place for a block.
 func (img *Image) free(off, n int64) error {
-	i, _ := slices.BinarySearchFunc(img.taken, off, func(r region, off int64) int {
+	i, _ := slices.BinarySearchFunc(img.regions.taken, off, func(r region, off int64) int {
 		if r.end() <= off {
 			return -1
 		}
 		return 1
 	})
-	if i < len(img.taken) && img.taken[i].off < off+n {
-		return fmt.Errorf("it lies at %d, across the region at %d", off, img.taken[i].off)
+	if i < len(img.regions.taken) && img.regions.taken[i].off < off+n {
+		return fmt.Errorf("it lies at %d, across the region at %d", off, img.regions.taken[i].off)
 	}
 	return nil
 }
@@ -320,31 +300,18 @@ func (img *Image) run(off, n int64) (here bool, run int64, err error) {
 		return false, 0, err
 	}
 	if state != statePresent {
-		return false, n, fault.Corrupt(img.file.Name(), img.table.off+8*index, "the bitmap of chunk %d has state %d under a partial block", chunk, state)
+		return false, n, fault.Corrupt(img.file.Name(), img.regions.table.off+8*index, "the bitmap of chunk %d has state %d under a partial block", chunk, state)
 	}
 	err = img.free(at, bitmapBytes)
 	if err == nil && at > img.bytes-bitmapBytes {
 		err = fmt.Errorf("it lies at %d in a file of %d bytes", at, img.bytes)
 	}
 	if err != nil {
-		return false, n, fault.Corrupt(img.file.Name(), img.table.off+8*index, "the bitmap of chunk %d: %w", chunk, err)
+		return false, n, fault.Corrupt(img.file.Name(), img.regions.table.off+8*index, "the bitmap of chunk %d: %w", chunk, err)
 	}
+	sector := img.meta.logicalSector
 	start := off - chunk*img.ratio*img.meta.blockBytes
-	first, last := start/img.meta.logicalSector, (start+n-1)/img.meta.logicalSector
-	for sector := first; sector <= last; {
-		from := sector / 8
-		p, err := img.pages.Peek(at+from, 1, last/8-from+1)
-		if err != nil {
-			return false, 0, err
-		}
-		for ; sector <= last && sector/8 < from+int64(len(p)); sector++ {
-			bit := p[sector/8-from]>>(sector%8)&1 == 1
-			if sector == first {
-				here = bit
-			} else if bit != here {
-				return here, sector*img.meta.logicalSector - start, nil
-			}
-		}
-	}
-	return here, n, nil
+	first := start / sector
+	here, same, err := img.pages.Run(at, first, (start+n-1)/sector+1-first, layer.LowFirst)
+	return here, min(n, (first+same)*sector-start), err
 }

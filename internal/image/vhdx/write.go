@@ -3,16 +3,15 @@ package vhdx
 import (
 	"crypto/rand"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"math/bits"
 	"os"
-	"path/filepath"
-	"runtime"
+	"strings"
 	"sync"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/internal/layer"
 )
 
 const (
@@ -28,9 +27,8 @@ const (
 // Writer writes a fixed, dynamic or differencing VHDX, from any number of
 // goroutines in any order.
 type Writer struct {
-	file   *os.File
-	sync   func() error
-	closed bool
+	file     *layer.Output
+	warnings []string
 
 	limit int64 // what WriteAt takes: the virtual size as it was asked for
 	meta  metadata
@@ -38,9 +36,9 @@ type Writer struct {
 	first int64 // where the blocks begin
 
 	mu     sync.Mutex
-	places [][]uint32        // leaves of MiB in the file, by block; 0 for none
-	sparse map[int64]*sparse // of a differencing disk, blocks that are not whole yet
-	end    int64             // of the blocks
+	places [][]uint32               // leaves of MiB in the file, by block; 0 for none
+	sparse map[int64]*layer.Sectors // of a differencing disk, blocks that are not whole yet
+	end    int64                    // of the blocks
 }
 
 var _ image.Writer = (*Writer)(nil)
@@ -48,17 +46,15 @@ var _ image.Writer = (*Writer)(nil)
 // Create makes the file path, which must not exist. Finish also syncs the
 // directory, so that the file's name survives a power cut with its content.
 func Create(path string, o image.CreateOptions) (*Writer, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := layer.Create(path)
 	if err != nil {
 		return nil, err
 	}
-	w, err := NewWriter(f, o)
+	w, err := newWriter(f, o)
 	if err != nil {
-		f.Close()
-		os.Remove(path)
+		f.Discard()
 		return nil, err
 	}
-	w.sync = func() error { return syncDir(filepath.Dir(path)) }
 	return w, nil
 }
 
@@ -68,6 +64,10 @@ func Create(path string, o image.CreateOptions) (*Writer, error) {
 // sectors: the disk is o.VirtualBytes rounded up to them, and ends in zeros
 // where that added bytes.
 func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
+	return newWriter(&layer.Output{File: f}, o)
+}
+
+func newWriter(f *layer.Output, o image.CreateOptions) (*Writer, error) {
 	if o.VirtualBytes < 0 || o.Compression != "" {
 		return nil, fmt.Errorf("a VHDX of %d bytes, compressed by %q", o.VirtualBytes, o.Compression)
 	}
@@ -113,7 +113,13 @@ func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
 		w.places = make([][]uint32, (blocks+leafBlocks-1)/leafBlocks)
 	}
 	if m.differencing {
-		w.sparse = map[int64]*sparse{}
+		w.sparse = map[int64]*layer.Sectors{}
+	}
+	if m.diskBytes != o.VirtualBytes {
+		w.warnings = append(w.warnings, fmt.Sprintf("a VHDX has whole sectors: the disk of %d bytes became %d", o.VirtualBytes, m.diskBytes))
+	}
+	if strings.HasPrefix(o.Parent, "/") && !strings.HasPrefix(o.Parent, "//") {
+		w.warnings = append(w.warnings, fmt.Sprintf("a VHDX has names of Windows alone, so the parent %q is named as if it lay beside the image", o.Parent))
 	}
 	if err := f.Truncate(0); err != nil {
 		return nil, err
@@ -161,11 +167,8 @@ func (w *Writer) Ordered() bool { return false }
 // WriteAt writes p. Zeros make no block; in a differencing disk they hide the
 // parent.
 func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
-	if off < 0 || off > w.limit || int64(len(p)) > w.limit-off {
-		return 0, fmt.Errorf("write of %d bytes at %d to a disk of %d", len(p), off, w.limit)
-	}
-	if unit := w.Unit(); off%unit != 0 || int64(len(p))%unit != 0 {
-		return 0, fmt.Errorf("write of %d bytes at %d to sectors of %d", len(p), off, unit)
+	if err := layer.InDisk(off, int64(len(p)), w.limit, w.Unit()); err != nil {
+		return 0, err
 	}
 	for done := 0; done < len(p); {
 		at := off + int64(done)
@@ -219,23 +222,16 @@ func (w *Writer) Finish() error {
 		w.writeTable,
 		w.writeBitmaps,
 		func() error { return w.write(w.meta.encode(), metadataOffset) },
-		func() error { return w.write(w.regions(), regions1) },
-		func() error { return w.write(w.regions(), regions2) },
+		func() error { return w.write(w.encodeRegions(), regions1) },
+		func() error { return w.write(w.encodeRegions(), regions2) },
 		w.file.Sync,
 		w.writeHeaders,
-		w.file.Sync,
+		w.file.Finish,
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
 			return err
 		}
-	}
-	w.closed = true
-	if err := w.file.Close(); err != nil {
-		return err
-	}
-	if w.sync != nil {
-		return w.sync()
 	}
 	return nil
 }
@@ -245,7 +241,7 @@ func (w *Writer) write(p []byte, off int64) error {
 	return err
 }
 
-func (w *Writer) regions() []byte {
+func (w *Writer) encodeRegions() []byte {
 	return encodeRegions(region{tableOffset, w.tableBytes()}, region{metadataOffset, mib})
 }
 
@@ -303,30 +299,16 @@ func (w *Writer) entry(n int64) uint64 {
 		return stateNotPresent
 	case s == nil:
 		return at | statePresent
-	case s.bits == nil && at == 0:
+	case s.Bits == nil && at == 0:
 		return stateZero
-	case s.bits == nil:
+	case s.Bits == nil:
 		return at | statePresent
 	}
 	return at | statePartial
 }
 
 // Close closes the file and leaves it where it is.
-func (w *Writer) Close() error {
-	if w.closed {
-		return nil
-	}
-	w.closed = true
-	return w.file.Close()
-}
+func (w *Writer) Close() error { return w.file.Close() }
 
-func syncDir(dir string) error {
-	if runtime.GOOS == "windows" {
-		return nil // it cannot be done there, and NTFS journals its names
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
-}
+// Warnings says in what the image is not what its user may expect.
+func (w *Writer) Warnings() []string { return w.warnings }

@@ -31,6 +31,10 @@ type Disk struct {
 	// least one and at most n bytes long, and has Depth 0. All of a Data extent
 	// lies inside File at FileOffset.
 	Map func(off, n int64) (image.Extent, error)
+
+	// Holes says that Extents shall tell holes of the file in what Map calls
+	// data, for disks whose own tables never do.
+	Holes bool
 }
 
 // ReadAt is the ReadAt of image.Image.
@@ -49,39 +53,106 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 		p, end = p[:d.Bytes-off], io.EOF
 	}
 	done := 0
+	var ahead image.Extent // already mapped, because it might have continued what was read
 	for done < len(p) {
-		e, err := d.Map(off+int64(done), int64(len(p)-done))
+		e := ahead
+		if ahead = (image.Extent{}); e.Len == 0 {
+			var err error
+			if e, err = d.Map(off+int64(done), int64(len(p)-done)); err != nil {
+				return done, err
+			}
+		}
+		// Blocks that lie behind each other are one read.
+		for e.Kind == image.Data && e.Len < int64(len(p)-done) {
+			next, err := d.Map(e.End(), int64(len(p)-done)-e.Len)
+			if err != nil {
+				break // it comes again when what is before it was read
+			}
+			if !continues(e, next) {
+				ahead = next
+				break
+			}
+			e.Len += next.Len
+		}
+		n, err := d.readExtent(p[done:done+int(e.Len)], e)
+		done += n
 		if err != nil {
 			return done, err
 		}
-		part := p[done : done+int(e.Len)]
-		switch {
-		case e.Kind == image.Data:
-			n, err := d.File.ReadAt(part, e.FileOffset)
-			if n < len(part) {
-				if err == nil || errors.Is(err, io.EOF) {
-					err = fault.Corrupt(d.Name, e.FileOffset+int64(n), "the file became shorter")
-				}
-				return done + n, err
-			}
-		case e.Kind == image.Absent && d.Parent != nil:
-			n, err := d.Parent.ReadAt(part, e.Off)
-			if n < len(part) && err != nil && err != io.EOF {
-				return done + n, err
-			}
-			clear(part[n:])
-		default:
-			clear(part)
-		}
-		done += len(part)
 	}
 	return done, end
+}
+
+// readExtent fills p, all of e.
+func (d *Disk) readExtent(p []byte, e image.Extent) (int, error) {
+	switch {
+	case e.Kind == image.Data:
+		n, err := d.File.ReadAt(p, e.FileOffset)
+		if n == len(p) {
+			return n, nil
+		}
+		if err == nil || errors.Is(err, io.EOF) {
+			err = fault.Corrupt(d.Name, e.FileOffset+int64(n), "the file became shorter")
+		}
+		return n, err
+	case e.Kind == image.Absent && d.Parent != nil:
+		n, err := d.Parent.ReadAt(p, e.Off)
+		if n < len(p) && err != nil && err != io.EOF {
+			return n, err
+		}
+		clear(p[n:])
+	default:
+		clear(p)
+	}
+	return len(p), nil
 }
 
 // Extents is the Extents of image.Image. Neighbours that continue each other
 // are merged.
 func (d *Disk) Extents(ctx context.Context, within extent.Extent) iter.Seq2[image.Extent, error] {
-	within = within.Intersect(extent.Extent{Len: d.Bytes})
+	merged := d.merged(ctx, within.Intersect(extent.Extent{Len: d.Bytes}))
+	file, ok := d.File.(image.File)
+	if !d.Holes || !ok {
+		return merged
+	}
+	return func(yield func(image.Extent, error) bool) {
+		for e, err := range merged {
+			if err != nil || e.Kind != image.Data || e.Depth > 0 {
+				if !yield(e, err) {
+					return
+				}
+				continue
+			}
+			for e.Len > 0 {
+				if err := ctx.Err(); err != nil {
+					yield(image.Extent{}, err)
+					return
+				}
+				part := withoutHoles(file, e)
+				if !yield(part, nil) {
+					return
+				}
+				e.Off, e.Len, e.FileOffset = part.End(), e.Len-part.Len, e.FileOffset+part.Len
+			}
+		}
+	}
+}
+
+// withoutHoles is e up to where a hole of the file begins or, as Zero, ends.
+func withoutHoles(file image.File, e image.Extent) image.Extent {
+	data, hole, ok := image.NextData(file, e.FileOffset, e.FileOffset+e.Len)
+	switch {
+	case !ok:
+	case data > e.FileOffset:
+		e.Kind, e.Len, e.FileOffset = image.Zero, data-e.FileOffset, -1
+	default:
+		e.Len = hole - e.FileOffset
+	}
+	return e
+}
+
+// merged walks within, which lies in the disk.
+func (d *Disk) merged(ctx context.Context, within extent.Extent) iter.Seq2[image.Extent, error] {
 	return func(yield func(image.Extent, error) bool) {
 		var held image.Extent // not yielded yet: its neighbour may continue it
 		put := func(e image.Extent) bool {

@@ -1,0 +1,71 @@
+package layer
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/backstay/backstay/internal/image"
+)
+
+// An Output is the one file that a Writer makes.
+type Output struct {
+	*os.File
+	path   string // empty where the caller opened it
+	closed bool
+}
+
+// Create makes the file path, which must not exist.
+func Create(path string) (*Output, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	return &Output{File: f, path: path}, nil
+}
+
+// Discard closes the file and removes it if Create made it.
+func (o *Output) Discard() {
+	o.Close()
+	if o.path != "" {
+		os.Remove(o.path)
+	}
+}
+
+// Finish makes the file durable and closes it. Of a file that Create made, it
+// also syncs the directory, so that the name survives a power cut with the
+// content.
+func (o *Output) Finish() error {
+	if err := o.Sync(); err != nil {
+		return err
+	}
+	o.closed = true
+	if err := o.File.Close(); err != nil {
+		return err
+	}
+	if o.path == "" {
+		return nil
+	}
+	return image.SyncDir(o.path)
+}
+
+// Close closes the file and leaves it where it is; after Finish it does
+// nothing.
+func (o *Output) Close() error {
+	if o.closed {
+		return nil
+	}
+	o.closed = true
+	return o.File.Close()
+}
+
+// InDisk says what is wrong with a range of n bytes at off for a Writer that
+// takes ranges of whole units up to limit.
+func InDisk(off, n, limit, unit int64) error {
+	if off < 0 || off > limit || n > limit-off {
+		return fmt.Errorf("write of %d bytes at %d to a disk of %d", n, off, limit)
+	}
+	if off%unit != 0 || n%unit != 0 && off+n != limit {
+		return fmt.Errorf("write of %d bytes at %d to sectors of %d", n, off, unit)
+	}
+	return nil
+}
