@@ -227,6 +227,9 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 		}
 	}()
 
+	if len(hs.Disks()) == 0 {
+		return fail(hypervisor.ErrNoDisk)
+	}
 	p, err := e.readAll(ctx, &res, rs, hs, history)
 	if history.blames(err) && ctx.Err() == nil {
 		// The previous point's manifests can't be read all through. A session
@@ -250,6 +253,9 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 		}
 	}
 	p.VM, p.Source = name, job.Source
+	if w := history.stranger(job); w != "" {
+		p.Warnings = append(p.Warnings, w)
+	}
 	p.Stats.Duration = e.Now().Sub(start)
 	if err := rs.Commit(ctx, p); err != nil {
 		return fail(err)

@@ -2,9 +2,11 @@ package backup
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/fault"
 )
 
 // changed reads what change tracking names, and the tail of a disk that grew.
@@ -29,6 +31,12 @@ func (r *reader) changed(ctx context.Context, prevBytes int64) error {
 			set = set.Within(win)
 			set.Add(extent.Extent{Off: max(off, prevBytes), Len: win.End() - max(off, prevBytes)})
 			r.changedBytes += set.Bytes()
+			lost, err := r.lostChunks(ctx, win)
+			if err != nil {
+				return err
+			}
+			r.refill.Add(lost.Subtract(set).Bytes())
+			set = set.Union(lost)
 			tasks := cut(set, unit)
 			for _, t := range tasks {
 				r.touched.set(t.index)
@@ -73,6 +81,18 @@ func (r *reader) changed(ctx context.Context, prevBytes int64) error {
 		}
 		return nil
 	}, r.put)
+}
+
+// lostChunks are the chunks of win that the repository knows it can't give
+// back. The guest still has them, if they are unchanged, and to store them
+// again makes every point whole that lost them.
+func (r *reader) lostChunks(ctx context.Context, win extent.Extent) (extent.Set, error) {
+	lost, err := r.out.Doubtful(ctx, win)
+	if err == nil && lost.Bytes() > 0 {
+		r.history.note(fmt.Errorf("disk %s: %d bytes that the repository had of it are damaged there and were read anew: %w", r.info.ID, lost.Bytes(), fault.ErrCorrupt))
+		r.Log.Warn("chunks of the previous restore point are damaged, reading them from the source", "vm", r.history.name, "disk", r.info.ID, "bytes", lost.Bytes())
+	}
+	return lost, err
 }
 
 // whole is all of a chunk.

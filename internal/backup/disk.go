@@ -44,14 +44,15 @@ type reader struct {
 	lost                        int64 // chunks that turned to zeros without tracking
 }
 
-// errSource is the class of what the source, and not the repository, did wrong.
-var errSource = errors.New("the source")
+// ErrSource is the class of what the source, and not the repository, did wrong
+// while it was read.
+var ErrSource = errors.New("the source")
 
-// A sourceError adds the class errSource to an error, and no words.
+// A sourceError adds the class ErrSource to an error, and no words.
 type sourceError struct{ error }
 
 func (e sourceError) Unwrap() error        { return e.error }
-func (e sourceError) Is(target error) bool { return target == errSource }
+func (e sourceError) Is(target error) bool { return target == ErrSource }
 
 // run reads the disk in whatever mode the source and the previous point allow.
 func (r *reader) run(ctx context.Context) (point.Disk, error) {
@@ -63,6 +64,7 @@ func (r *reader) run(ctx context.Context) (point.Disk, error) {
 		return d, err
 	}
 	r.Progress.Total(r.info.SizeBytes)
+	r.Log.Info("disk begins", "vm", r.history.name, "disk", r.info.ID, "size_bytes", r.info.SizeBytes, "mode", d.Mode, "reason", d.Reason)
 	if err := r.readAs(ctx, &d, prev.SizeBytes); err != nil {
 		return d, err
 	}
@@ -77,6 +79,8 @@ func (r *reader) run(ctx context.Context) (point.Disk, error) {
 		ReadBytes: r.read.Load(), ChangedBytes: r.changedBytes, AuditBytes: r.auditBytes, RefillBytes: r.refill.Load(),
 		NewBytes: r.fresh.Load(), StoredBytes: r.stored.Load(), Duration: r.Now().Sub(start),
 	}
+	r.Log.Info("disk is read", "vm", r.history.name, "disk", r.info.ID, "mode", d.Mode, "reason", d.Reason, "read_bytes", d.Stats.ReadBytes,
+		"new_bytes", d.Stats.NewBytes, "stored_bytes", d.Stats.StoredBytes, "took", d.Stats.Duration)
 	return d, nil
 }
 

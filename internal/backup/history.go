@@ -99,6 +99,17 @@ func uniqueName(m vm.Machine, all []*point.RestorePoint) string {
 	return m.Name
 }
 
+// stranger warns that the VM may be another than the one whose points there
+// are. Image files have nothing but their name: those of one name from two
+// directories share a history, and whoever moved one wants that.
+func (h *history) stranger(job Job) string {
+	p := h.newest()
+	if p == nil || job.VM != "" || p.Machine.UUID != "" || p.Source == "" || p.Source == job.Source {
+		return ""
+	}
+	return fmt.Sprintf("the restore point before is of %s, this one of %s: if those are two VMs, name each with --vm", p.Source, job.Source)
+}
+
 // note remembers that something of the repository could not be read.
 func (h *history) note(err error) {
 	h.mu.Lock()
@@ -121,7 +132,7 @@ func (h *history) damage() error {
 // blames says whether err, of reading all disks, may come from the previous
 // point, so that it may go well without that.
 func (h *history) blames(err error) bool {
-	if h.newest() == nil || h.useless != nil || errors.Is(err, errSource) {
+	if h.newest() == nil || h.useless != nil || errors.Is(err, ErrSource) {
 		return false
 	}
 	return errors.Is(err, fault.ErrCorrupt) || errors.Is(err, fault.ErrNotFound)

@@ -114,6 +114,10 @@ type Disk interface {
 	ChangeID() string
 }
 
+// ErrNoDisk says that a VM has no disk that is to be backed up and can be. A
+// restore point without one would restore nothing, and look like protection.
+var ErrNoDisk = errors.New("no disk is left to back up")
+
 // ErrTrackingLost says that the hypervisor can't tell what changed.
 var ErrTrackingLost = errors.New("change tracking was lost")
 

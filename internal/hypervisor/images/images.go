@@ -105,6 +105,9 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 			return nil, err
 		}
 	}
+	if len(s.disks) == 0 {
+		return nil, hypervisor.ErrNoDisk
+	}
 	d.busy = true
 	return s, nil
 }
@@ -198,7 +201,7 @@ func (s *session) open(path string, before fs.FileInfo) (image.Image, []watch, e
 	}
 	if !slices.Equal(img.Info().Files, files) {
 		img.Close()
-		return nil, nil, fmt.Errorf("image %s: %w", path, errChanged)
+		return nil, nil, fmt.Errorf("image %s: %w", path, ErrChanged)
 	}
 	return img, watched, nil
 }
@@ -269,8 +272,9 @@ func (d *disk) ReadAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-// errChanged says that somebody writes to the image.
-var errChanged = errors.New("it changed while it was read; shut the VM down, or back it up through its hypervisor")
+// ErrChanged says that somebody writes to the image: what was read of it is no
+// moment of the disk.
+var ErrChanged = errors.New("it changed while it was read")
 
 func (d *disk) unchanged() error {
 	for _, w := range d.watched {
@@ -287,10 +291,10 @@ func (w watch) unchanged() error {
 		return fmt.Errorf("image %s: %w", w.path, err)
 	}
 	if now.Size() < w.before.Size() {
-		return fmt.Errorf("image %s shrank from %d to %d bytes: %w", w.path, w.before.Size(), now.Size(), errChanged)
+		return fmt.Errorf("image %s shrank from %d to %d bytes: %w", w.path, w.before.Size(), now.Size(), ErrChanged)
 	}
 	if !now.ModTime().Equal(w.before.ModTime()) || now.Size() != w.before.Size() || !os.SameFile(now, w.before) {
-		return fmt.Errorf("image %s: %w", w.path, errChanged)
+		return fmt.Errorf("image %s: %w", w.path, ErrChanged)
 	}
 	return nil
 }

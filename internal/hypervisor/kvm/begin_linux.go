@@ -133,11 +133,7 @@ func (b *beginning) session(ctx context.Context) (*session, error) {
 	} else if what != "" {
 		return nil, fmt.Errorf("libvirt is busy with %s of it, which is not ours: %w", what, fault.ErrLocked)
 	}
-	state, reason, err := b.dom.state(ctx)
-	if err != nil {
-		return nil, err
-	}
-	on, err := b.dom.active(ctx)
+	on, state, reason, err := b.dom.now(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -212,7 +208,7 @@ func (b *beginning) look(ctx context.Context, state libvirt.DomainState) (*libvi
 		b.add(e)
 	}
 	if len(b.defs) == 0 {
-		return nil, fmt.Errorf("it has no disk that can be backed up: %w", fault.ErrUnsupported)
+		return nil, hypervisor.ErrNoDisk
 	}
 	text, _, err := b.dom.xml(ctx, libvirt.DomainXMLInactive)
 	if err != nil {
