@@ -95,6 +95,25 @@ func Directory(ctx context.Context, r Repository, p *point.RestorePoint, target 
 	return res, nil
 }
 
+// FileOf is the name that Directory gives the image of the disk id of p, and
+// the format: f, or where that is "" the one that the disk had.
+func FileOf(p *point.RestorePoint, id vm.DiskID, f image.Format) (string, image.Format) {
+	names := map[string]bool{}
+	for _, name := range sortedNames(p.Config) {
+		names[strings.ToLower(fileName(name))] = true
+	}
+	for _, d := range p.Disks {
+		format := f
+		if format == "" {
+			format = formatOf(d)
+		}
+		if name := diskFile(d.ID, format, names); d.ID == id {
+			return name, format
+		}
+	}
+	return "", f
+}
+
 // A task is one disk to restore into a stage.
 type task struct {
 	disk   point.Disk
@@ -157,7 +176,7 @@ func (o Options) disks(ctx context.Context, r Repository, p *point.RestorePoint,
 		start := time.Now()
 		res, err := o.write(ctx, sources[i], filepath.Join(st.dir, w.file), w.format, each[i], prog, st.collides)
 		if err != nil {
-			return nil, fmt.Errorf("restore %s: disk %s: %w", p.Ref(), w.disk.ID, err)
+			return nil, fmt.Errorf("restore %s: disk %s: %w", p.Ref(), w.disk.ID, sized(err, need))
 		}
 		res.Disk, res.Duration = w.disk.ID, time.Since(start)
 		results = append(results, res)

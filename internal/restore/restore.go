@@ -145,7 +145,7 @@ func Disk(ctx context.Context, src Source, target string, o Options) (Result, er
 		err = st.publish(filepath.Base(target))
 	}
 	if err != nil {
-		return Result{}, fmt.Errorf("%s: %w", target, err)
+		return Result{}, fmt.Errorf("%s: %w", target, sized(err, need))
 	}
 	os.Remove(Marker(target)) // what was half restored in place is replaced
 	res.Target, res.Duration = target, time.Since(start)
@@ -175,7 +175,15 @@ func (o Options) checkSpace(dir string, f image.Format, needBytes int64) error {
 	if !known || free >= needBytes-needBytes/8 {
 		return nil
 	}
-	return fmt.Errorf("%w: the restore needs %d bytes and %s has %d", fault.ErrNoSpace, needBytes, filepath.Dir(dir), free)
+	return fmt.Errorf("%w: the restore needs %d bytes and %s has %d free", fault.ErrNoSpace, needBytes, filepath.Dir(dir), free)
+}
+
+// sized adds to the error that a disk is full how much was to be written.
+func sized(err error, needBytes int64) error {
+	if errors.Is(err, fault.ErrNoSpace) {
+		return fmt.Errorf("%w; the restore needs up to %d bytes", err, needBytes)
+	}
+	return err
 }
 
 // A progress adds up what all the disks of a restore have done.
