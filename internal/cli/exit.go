@@ -4,12 +4,17 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
+	"github.com/backstay/backstay/internal/backup"
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/hypervisor/images"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/open"
+	"github.com/backstay/backstay/internal/repo"
 )
 
 // Exit codes. Scripts depend on them: add, never change.
@@ -99,12 +104,26 @@ func hints(err error, cmd *cobra.Command) []string {
 	}
 	var u usageError
 	switch {
+	case repo.UnreadRecords(err) != nil:
+		out = append(out, recordHint(err))
+	case damagedObject(err, "repo.json"), damagedObject(err, "keys/"):
+		out = append(out, "it is small and never changes: bring it back from a copy of the repository; everything else waits for it")
+	case damagedObject(err, "outcome/"):
+		out = append(out, `run "backstay repo vacuum", which settles what that object was about`)
+	case errors.Is(err, backup.ErrSource) && errors.Is(err, fault.ErrCorrupt):
+		out = append(out, `the image that was being backed up is damaged, and not the repository; look at it with "backstay image info" or "qemu-img check"`)
+	case errors.Is(err, images.ErrChanged):
+		out = append(out, "shut its VM down first, or back that up through its hypervisor as kvm:///system/NAME; no restore point was made")
+	case errors.Is(err, hypervisor.ErrNoDisk):
+		out = append(out, "leave out fewer disks with --exclude-disk: a restore point without one would protect nothing")
 	case errors.As(err, &u):
 		if cmd != nil {
 			out = append(out, fmt.Sprintf(`run "%s --help"`, cmd.CommandPath()))
 		}
 	case errors.Is(err, context.Canceled):
 		out = append(out, "nothing half-made is left; run the same command again")
+	case errors.Is(err, fault.ErrCorrupt) && cmd != nil && cmd.CommandPath() == "backstay repo check":
+		out = append(out, "bring that object back from a copy of the repository, and check again")
 	case errors.Is(err, fault.ErrCorrupt):
 		out = append(out, `run "backstay repo check --read-data" to see which restore points are hit`)
 	case errors.Is(err, fault.ErrKey):
@@ -129,4 +148,25 @@ func hints(err error, cmd *cobra.Command) []string {
 		out = append(out, "a newer version of backstay may be able to")
 	}
 	return out
+}
+
+// damagedObject says whether err is about a damaged object of a repository
+// whose name begins so.
+func damagedObject(err error, prefix string) bool {
+	var ce *fault.CorruptError
+	return errors.As(err, &ce) && strings.HasPrefix(ce.Object, prefix)
+}
+
+// recordHint says what to do about restore points whose records are damaged.
+func recordHint(err error) string {
+	unread := repo.UnreadRecords(err)
+	if !errors.Is(err, fault.ErrCorrupt) {
+		return "nothing can be said of a restore point whose record can't be read; other points restore, each named in full as VM/ID"
+	}
+	more := ""
+	if len(unread) > 1 {
+		more = " (and so on)"
+	}
+	return fmt.Sprintf(`other restore points are not hit, and restore when named in full as VM/ID; bring rp/%s back from a copy, or give it up with "backstay point delete %s --force"%s`,
+		unread[0].Name, unread[0].Name, more)
 }

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/oklog/ulid/v2"
 	"github.com/spf13/cobra"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -192,16 +194,29 @@ func diskText(d point.Disk) string {
 }
 
 func (a *app) pointDeleteCmd() *cobra.Command {
-	return &cobra.Command{
+	var force bool
+	cmd := &cobra.Command{
 		Use:   "delete VM/ID…",
 		Short: "delete restore points",
 		Long: `Delete restore points, each named in full. Other points stay whole, in
-whatever order points are deleted. The space comes back with "repo vacuum".`,
-		Example: `  backstay point delete web01/20261122T031500Z-7f3a9c01 --repo /srv/backup`,
-		Args:    cobra.MinimumNArgs(1),
+whatever order points are deleted. The space comes back with "repo vacuum".
+
+A restore point whose record is damaged has no name any more that could be read.
+With --force it is deleted by the name of its record, as "point list" and "repo
+check" show it.`,
+		Example: `  backstay point delete web01/20261122T031500Z-7f3a9c01 --repo /srv/backup
+  backstay point delete 01kf2q9x3v0m5c8r7t1w4y6z2a-000000 --force --repo /srv/backup`,
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
 			for _, ref := range args {
+				if repo.IsRecordName(ref) {
+					if !force {
+						return coded{code: exitRefused, hint: "only a copy of the repository could bring it back later; if you mean it, say --force",
+							err: fmt.Errorf("restore point record %s, of a backup that began %s: nobody can say whose it is", ref, recordTime(ref))}
+					}
+					continue
+				}
 				if _, id, err := point.ParseRef(ref); err != nil {
 					return usageError{err}
 				} else if id == "" {
@@ -214,6 +229,22 @@ whatever order points are deleted. The space comes back with "repo vacuum".`,
 			}
 			defer r.Close()
 			for _, ref := range args {
+				if repo.IsRecordName(ref) {
+					if err := r.DeleteRecord(ctx, ref); err != nil {
+						if len(repo.UnreadRecords(err)) == 0 {
+							err = withHint(err, `run "backstay point list" to see which records are damaged`)
+						}
+						return err
+					}
+					if a.json {
+						if err := a.printJSON(map[string]any{"deleted": ref}); err != nil {
+							return err
+						}
+					} else {
+						fmt.Fprintf(a.stdout, "deleted record %s\n", ref)
+					}
+					continue
+				}
 				name, id, _ := point.ParseRef(ref)
 				if err := r.DeletePoint(ctx, name, id); err != nil {
 					if errors.Is(err, fault.ErrNotFound) {
@@ -232,4 +263,16 @@ whatever order points are deleted. The space comes back with "repo vacuum".`,
 			return nil
 		},
 	}
+	cmd.Flags().BoolVar(&force, "force", false, "delete a damaged record by its own name")
+	return cmd
+}
+
+// recordTime is when the session of a record began, by its ULID.
+func recordTime(name string) string {
+	id, _, _ := strings.Cut(strings.TrimPrefix(name, "rp/"), "-")
+	u, err := ulid.ParseStrict(strings.ToUpper(id))
+	if err != nil {
+		return "at an unknown time"
+	}
+	return u.Timestamp().Local().Format("2006-01-02 15:04:05")
 }

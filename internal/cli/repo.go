@@ -117,14 +117,15 @@ func (a *app) repoInfoCmd() *cobra.Command {
 			}
 			defer r.Close()
 			info, err := r.Info(cmd.Context())
-			if err != nil {
+			if err != nil && len(repo.UnreadRecords(err)) == 0 {
 				return err
 			}
-			if a.json {
-				return a.printJSON(info)
+			if !a.json {
+				a.printInfo(info)
+			} else if err := a.printJSON(info); err != nil {
+				return err
 			}
-			a.printInfo(info)
-			return nil
+			return err
 		},
 	}
 }
@@ -141,7 +142,9 @@ Without flags it looks whether everything that restore points need is there.
 --read-data decrypts, decompresses and re-hashes everything.
 
 Damage is listed with the restore points, disks and byte ranges that it hits,
-and makes the exit code 3. Nothing is changed.`,
+and makes the exit code 3. What --scrub and --read-data find damaged in packs is
+noted in the repository: the next backup that meets it stores it again, which
+heals older points too. Nothing else is changed.`,
 		Example: `  backstay repo check --repo /srv/backup
   backstay repo check --scrub --repo /srv/backup
   backstay repo check --read-data --repo /srv/backup`,
@@ -156,7 +159,7 @@ and makes the exit code 3. Nothing is changed.`,
 // openCareful opens with a key if one is at hand or needed, without one
 // otherwise: an operator needs none to scrub and to vacuum.
 func (a *app) openCareful(ctx context.Context, needKey bool) (*repo.Repository, error) {
-	if needKey || a.hasPassphrase() || a.identityFile != "" || a.getenv("BACKSTAY_IDENTITY_FILE") != "" {
+	if needKey || a.hasPassphrase() || a.identityPath() != "" {
 		return a.openRepo(ctx)
 	}
 	st, err := a.openStore()
@@ -191,11 +194,29 @@ func (a *app) repoCheck(ctx context.Context, o repo.CheckOptions) error {
 	} else {
 		a.printCheck(rep)
 	}
+	if rep.Unnoted != nil {
+		a.say("warning: the damage could not be noted in the repository, so the next backup may rely on it: %v", rep.Unnoted)
+	}
 	if len(rep.Findings) > 0 {
-		return coded{code: exitCorrupt, hint: "restore points that are not named here are whole; back up the VMs that are hit again, and check again: what is still named then this version can't heal, and a new repository is safer",
+		return coded{code: exitCorrupt, hint: checkHint(rep),
 			err: fmt.Errorf("%s found", plural(int64(len(rep.Findings)), "damaged object"))}
 	}
 	return nil
+}
+
+// checkHint says what to do about the worst that was found.
+func checkHint(rep repo.CheckReport) string {
+	hits := 0
+	for _, f := range rep.Findings {
+		if name, ok := strings.CutPrefix(f.Object, "rp/"); ok && errors.Is(f.Err, fault.ErrCorrupt) {
+			return fmt.Sprintf(`restore points that are not named here are whole; bring the damaged record back from a copy, or give it up with "backstay point delete %s --force"`, name)
+		}
+		hits += len(f.Hits)
+	}
+	if hits > 0 {
+		return "restore points that are not named here are whole; back up the VMs that are hit again, which stores again what they still have of it; delete the points that a later check still names"
+	}
+	return `restore points that are not named here are whole; "backstay repo vacuum" replaces damaged packs, indexes and notes of which nothing is lost`
 }
 
 func (a *app) repoVacuumCmd() *cobra.Command {
@@ -251,6 +272,13 @@ func (a *app) printCheck(rep repo.CheckReport) {
 		plural(rep.Packs, "pack"), plural(rep.Chunks, "chunk"), sizeText(rep.Bytes))
 	for _, f := range rep.Findings {
 		fmt.Fprintf(a.stdout, "DAMAGED %s: %v\n", f.Object, f.Err)
+		for i, err := range f.More {
+			if i == moreShown {
+				fmt.Fprintf(a.stdout, "  and %d more places\n", len(f.More)-i)
+				break
+			}
+			fmt.Fprintf(a.stdout, "  also: %v\n", err)
+		}
 		for _, h := range f.Hits {
 			fmt.Fprintf(a.stdout, "  hits %s\n", hitText(h))
 		}
@@ -258,10 +286,19 @@ func (a *app) printCheck(rep repo.CheckReport) {
 			fmt.Fprintln(a.stdout, "  hits no restore point")
 		}
 	}
+	for _, f := range rep.Unneeded {
+		fmt.Fprintf(a.stdout, "damaged, but no restore point needs what is: %s: %v\n", f.Object, f.Err)
+	}
+	if len(rep.Unneeded) > 0 {
+		fmt.Fprintln(a.stdout, `"backstay repo vacuum" removes it`)
+	}
 	if len(rep.Findings) == 0 {
 		fmt.Fprintln(a.stdout, "sound")
 	}
 }
+
+// moreShown is how much more of one object is shown to people.
+const moreShown = 5
 
 func hitText(h repo.Hit) string {
 	var s strings.Builder
@@ -287,21 +324,28 @@ func checkJSON(rep repo.CheckReport) map[string]any {
 		Len   int64  `json:"length_bytes"`
 	}
 	type finding struct {
-		Object string `json:"object"`
-		Offset int64  `json:"offset"`
-		Error  string `json:"error"`
-		Hits   []hit  `json:"hits"`
+		Object string   `json:"object"`
+		Offset int64    `json:"offset"`
+		Error  string   `json:"error"`
+		More   []string `json:"more,omitempty"`
+		Hits   []hit    `json:"hits"`
 	}
-	fs := []finding{}
-	for _, f := range rep.Findings {
-		hits := []hit{}
-		for _, h := range f.Hits {
-			hits = append(hits, hit{h.VM, string(h.Point), string(h.Disk), h.Range.Off, h.Range.Len})
+	list := func(findings []repo.Finding) []finding {
+		fs := []finding{}
+		for _, f := range findings {
+			hits, more := []hit{}, []string{}
+			for _, h := range f.Hits {
+				hits = append(hits, hit{h.VM, string(h.Point), string(h.Disk), h.Range.Off, h.Range.Len})
+			}
+			for _, err := range f.More {
+				more = append(more, err.Error())
+			}
+			fs = append(fs, finding{f.Object, f.Offset, fmt.Sprint(f.Err), more, hits})
 		}
-		fs = append(fs, finding{f.Object, f.Offset, fmt.Sprint(f.Err), hits})
+		return fs
 	}
-	return map[string]any{"sound": len(fs) == 0, "points": rep.Points, "manifests": rep.Manifests, "packs": rep.Packs,
-		"chunks": rep.Chunks, "read_bytes": rep.Bytes, "findings": fs}
+	return map[string]any{"sound": len(rep.Findings) == 0, "points": rep.Points, "manifests": rep.Manifests, "packs": rep.Packs,
+		"chunks": rep.Chunks, "read_bytes": rep.Bytes, "findings": list(rep.Findings), "unneeded": list(rep.Unneeded), "noted": rep.Unnoted == nil}
 }
 
 func (a *app) printInfo(i repo.Info) {
@@ -312,6 +356,9 @@ func (a *app) printInfo(i repo.Info) {
 	fmt.Fprintf(w, "chunks of\t%s\n", sizeText(i.ChunkBytes))
 	fmt.Fprintf(w, "opened by\t%s, %s\n", plural(int64(i.Passphrases), "passphrase"), plural(int64(i.Recipients), "age recipient"))
 	fmt.Fprintf(w, "restore points\t%d\n", i.Points)
+	if i.Unreadable > 0 {
+		fmt.Fprintf(w, "damaged\t%s\n", plural(i.Unreadable, "restore point record"))
+	}
 	fmt.Fprintf(w, "packs\t%d\n", i.Packs)
 	fmt.Fprintf(w, "unique chunks\t%d\n", i.Chunks)
 	fmt.Fprintf(w, "stored\t%s\n", sizeText(i.StoredBytes))

@@ -71,6 +71,10 @@ func (a *app) openRepo(ctx context.Context) (*repo.Repository, error) {
 		}
 		return nil, fmt.Errorf("repository %s: %w", st, err)
 	}
+	if err := a.mustHaveIdentity(ctx, st); err != nil {
+		st.Close()
+		return nil, fmt.Errorf("repository %s: %w", st, err)
+	}
 	key, err := a.key()
 	if err != nil {
 		st.Close()
@@ -89,14 +93,37 @@ func (a *app) openRepo(ctx context.Context) (*repo.Repository, error) {
 	return r, nil
 }
 
+// identityPath is the file with age identities that the user named.
+func (a *app) identityPath() string {
+	if a.identityFile != "" {
+		return a.identityFile
+	}
+	return a.getenv("BACKSTAY_IDENTITY_FILE")
+}
+
+// mustHaveIdentity refuses to ask for a passphrase where none can fit.
+func (a *app) mustHaveIdentity(ctx context.Context, st blob.Store) error {
+	if a.identityPath() != "" {
+		return nil
+	}
+	r, err := repo.OpenKeyless(ctx, st)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	passphrases, recipients, err := r.KeyCounts(ctx)
+	if err != nil || passphrases > 0 || recipients == 0 {
+		return err
+	}
+	return withHint(fmt.Errorf("no passphrase opens it, only an age identity does: %w", fault.ErrKey),
+		"name the file with the identity with --identity-file or BACKSTAY_IDENTITY_FILE")
+}
+
 // key gathers what opens a repository: identities where a file names them,
 // otherwise the passphrase.
 func (a *app) key() (repo.Key, error) {
 	var k repo.Key
-	path := a.identityFile
-	if path == "" {
-		path = a.getenv("BACKSTAY_IDENTITY_FILE")
-	}
+	path := a.identityPath()
 	if path != "" {
 		data, err := a.readSecretFile(path)
 		if err != nil {

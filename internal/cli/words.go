@@ -29,6 +29,15 @@ func timeText(d time.Duration) string {
 	return d.Round(time.Second).String()
 }
 
+// rateText is how fast n bytes in d are, for people: ", 140 MiB/s"; "" where
+// that says nothing.
+func rateText(n int64, d time.Duration) string {
+	if n <= 0 || d < time.Millisecond {
+		return ""
+	}
+	return ", " + sizeText(int64(float64(n)/d.Seconds())) + "/s"
+}
+
 // A sizeFlag is a number of bytes: "64K", "10G", "1048576".
 type sizeFlag int64
 
