@@ -17,10 +17,19 @@ type OpenParent func(name string, format Format) (Image, error)
 // MaxDepth is how many parents a chain may have.
 const MaxDepth = 200
 
-// Parents makes the OpenParent of the image in top: every name goes to r, and
-// what r gives goes to open, together with the OpenParent of that file; where
-// open returns an error, the file is closed here. A chain deeper than MaxDepth
-// and one that comes back to a file it holds already are refused as damage.
+// A RelativeResolver is a Resolver to which it matters in which file a name
+// stands: relative names begin at the file that holds them.
+type RelativeResolver interface {
+	Resolver
+	// From is the Resolver for the names in child.
+	From(child File) Resolver
+}
+
+// Parents makes the OpenParent of the image in top: every name goes to r, or
+// to what r says is for that child if it is a RelativeResolver, and what that
+// gives goes to open, together with the OpenParent of that file; where open
+// returns an error, the file is closed here. A chain deeper than MaxDepth and
+// one that comes back to a file it holds already are refused as damage.
 func Parents(top File, r Resolver, open func(f File, format Format, parent OpenParent) (Image, error)) OpenParent {
 	if r == nil {
 		r = None
@@ -30,18 +39,22 @@ func Parents(top File, r Resolver, open func(f File, format Format, parent OpenP
 
 func parents(chain []File, r Resolver, open func(File, Format, OpenParent) (Image, error)) OpenParent {
 	return func(name string, format Format) (Image, error) {
-		child := chain[len(chain)-1].Name()
+		child := chain[len(chain)-1]
 		if len(chain) > MaxDepth {
-			return nil, fault.Corrupt(child, -1, "the chain has more than %d parents", MaxDepth)
+			return nil, fault.Corrupt(child.Name(), -1, "the chain has more than %d parents", MaxDepth)
 		}
-		f, err := r.Resolve(name)
+		here := r
+		if relative, ok := r.(RelativeResolver); ok {
+			here = relative.From(child)
+		}
+		f, err := here.Resolve(name)
 		if err != nil {
 			return nil, err
 		}
 		for _, g := range chain {
 			if sameFile(f, g) {
 				f.Close()
-				return nil, fault.Corrupt(child, -1, "its parent %q is in the chain already", name)
+				return nil, fault.Corrupt(child.Name(), -1, "its parent %q is in the chain already", name)
 			}
 		}
 		img, err := open(f, format, parents(append(chain[:len(chain):len(chain)], f), r, open))

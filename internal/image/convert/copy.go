@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -47,12 +48,22 @@ type Result struct {
 // where src has holes or zeros. It neither finishes nor closes dst. After an
 // error dst is useless.
 func Copy(ctx context.Context, dst image.Writer, src image.Image, o Options) (Result, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	return newCopier(dst, src, o).run(ctx, o)
+}
+
+func newCopier(dst image.Writer, src image.Image, o Options) *copier {
 	c := &copier{dst: dst, src: src, unit: max(dst.Unit(), 1)}
 	c.hole = roundUp(holeBytes, c.unit)
 	c.piece = roundUp(pieceBytes, c.hole)
 	c.progress = newProgress(o, src.Size())
+	c.ranges = func(ctx context.Context) iter.Seq2[extent.Extent, error] { return dataOf(ctx, src) }
+	return c
+}
+
+func (c *copier) run(ctx context.Context, o Options) (Result, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	dst, src := c.dst, c.src
 	var err error
 	if dst.Ordered() {
 		err = c.inOrder(ctx, cancel, o.workers())
@@ -72,21 +83,22 @@ func roundUp(n, unit int64) int64 { return (n + unit - 1) / unit * unit }
 
 type copier struct {
 	dst               image.Writer
-	src               image.Image
+	src               image.Image // to read from
 	unit, hole, piece int64
-	read, written     atomic.Int64
-	progress          *progress
+	// ranges are what is to be copied, ascending and without overlaps.
+	ranges func(ctx context.Context) iter.Seq2[extent.Extent, error]
+	// zeros are written, not left out: they hide a parent.
+	zeros         bool
+	read, written atomic.Int64
+	progress      *progress
 }
 
 // pieces gives what is to be copied in ascending pieces that dst takes.
 func (c *copier) pieces(ctx context.Context, give func(extent.Extent) error) error {
 	size := c.src.Size()
 	return cut(func(yield func(extent.Extent, error) bool) {
-		for e, err := range c.src.Extents(ctx, extent.Extent{Len: size}) {
-			if err == nil && e.Kind != image.Data {
-				continue
-			}
-			if !yield(e.Extent.Align(c.unit, size), err) {
+		for e, err := range c.ranges(ctx) {
+			if !yield(e.Align(c.unit, size), err) {
 				return
 			}
 		}
@@ -242,10 +254,10 @@ func readAt(img image.Image, p []byte, off int64) error {
 	return err
 }
 
-// store writes p without its longer runs of zeros.
+// store writes p, without its longer runs of zeros unless they matter.
 func (c *copier) store(p []byte, off int64) error {
 	start := 0
-	for at := 0; at < len(p); {
+	for at := 0; at < len(p) && !c.zeros; {
 		end := min(at+int(c.hole-(off+int64(at))%c.hole), len(p))
 		if isZero(p[at:end]) {
 			if err := c.write(p[start:at], off+int64(start)); err != nil {

@@ -5,3 +5,5 @@ package open_test
 import "testing"
 
 func makeFifo(*testing.T, string) {}
+
+func makeSpecial(*testing.T, string, string) {}

@@ -27,6 +27,7 @@ import (
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/qcow2"
 	"github.com/backstay/backstay/internal/image/raw"
+	"github.com/backstay/backstay/internal/image/vdi"
 	"github.com/backstay/backstay/internal/image/vhd"
 	"github.com/backstay/backstay/internal/image/vhdx"
 	"github.com/backstay/backstay/internal/image/vmdk"
@@ -39,7 +40,8 @@ var ErrFormat = errors.New("the image's format is in doubt")
 type Options struct {
 	// Format is the image's format; empty to detect it.
 	Format image.Format
-	// ParentDir allows parents and data files in or beneath that directory.
+	// ParentDir allows parents and data files in or beneath that directory;
+	// where their names are relative, they are so to the file that names them.
 	// Empty allows none, and then an image that needs one gives
 	// image.ErrNotAllowed. Extents of a VMDK are allowed always, right beside
 	// its descriptor.
@@ -73,25 +75,43 @@ func open(f image.File, path string, o Options) (image.Image, error) {
 			return nil, err
 		}
 	}
-	var parents image.Resolver = image.None
-	if o.ParentDir != "" {
-		// Those formats name their parent's identity, so a wrong file of the
-		// right name is found out; qcow2 does not.
-		parents = DirResolver{Dir: o.ParentDir, ByBase: format != image.Qcow2}
-	}
 	seen := &files{dir: filepath.Dir(path)}
-	parents = recorder{parents, seen}
+	parents := o.parents(f, format, seen)
 	opener := func(f image.File, format image.Format, parent image.OpenParent) (image.Image, error) {
-		return openAs(f, filepath.Dir(f.Name()), format, image.OpenOptions{Resolver: parents, Parent: parent}, seen)
+		return openAs(f, filepath.Dir(f.Name()), format, image.OpenOptions{Resolver: from(parents, f), Parent: parent}, seen)
 	}
 	img, err := openAs(f, filepath.Dir(path), format, image.OpenOptions{
-		Resolver: parents, Parent: image.Parents(f, parents, opener),
+		Resolver: from(parents, f), Parent: image.Parents(f, parents, opener),
 		OnlyTop: o.OnlyTop, Snapshot: o.Snapshot,
 	}, seen)
-	if err == nil && (warning != "" || len(seen.names) > 0) {
+	if err != nil {
+		return nil, renamed(err, path, format, o)
+	}
+	if warning != "" || len(seen.names) > 0 {
 		img = described{img, warning, seen.names}
 	}
-	return img, err
+	return img, nil
+}
+
+// parents is what finds the parents and data files of the image in f.
+func (o Options) parents(f image.File, format image.Format, seen *files) image.Resolver {
+	if o.ParentDir == "" {
+		return image.None
+	}
+	if format == image.VDI {
+		return recorder{byUUID{DirResolver{Dir: o.ParentDir}}, seen}
+	}
+	// Those formats name their parent's identity, so a wrong file of the right
+	// name is found out; qcow2 does not.
+	return recorder{DirResolver{Dir: o.ParentDir, ByBase: format != image.Qcow2}, seen}
+}
+
+// from is r for the names in f.
+func from(r image.Resolver, f image.File) image.Resolver {
+	if relative, ok := r.(image.RelativeResolver); ok {
+		return relative.From(f)
+	}
+	return r
 }
 
 // files are the names of what was opened for the image in dir.
@@ -104,6 +124,11 @@ type files struct {
 type recorder struct {
 	image.Resolver
 	seen *files
+}
+
+// From is r for the names in child.
+func (r recorder) From(child image.File) image.Resolver {
+	return recorder{from(r.Resolver, child), r.seen}
 }
 
 // Resolve opens the file of that name.
@@ -145,6 +170,11 @@ func openAs(f image.File, dir string, format image.Format, o image.OpenOptions, 
 			return asImage(vhdx.OpenLayer(f))
 		}
 		return asImage(vhdx.Open(f, o.Parent))
+	case image.VDI:
+		if o.OnlyTop {
+			return asImage(vdi.OpenLayer(f))
+		}
+		return asImage(vdi.Open(f, o.Parent))
 	case image.VMDK:
 		// The extents are the disk itself, in several files.
 		o.Resolver = recorder{DirResolver{Dir: dir, Plain: true}, seen}
@@ -174,6 +204,9 @@ type described struct {
 	warning string
 	files   []string
 }
+
+// Unwrap is the image itself, with what only its format can do.
+func (d described) Unwrap() image.Image { return d.Image }
 
 func (d described) Info() image.Info {
 	info := d.Image.Info()
@@ -231,7 +264,7 @@ func byContent(f image.File) []image.Format {
 		format image.Format
 		probe  func(image.File) bool
 	}{
-		{image.Qcow2, probeQcow2}, {image.VHDX, vhdx.Probe}, {image.VMDK, vmdk.Probe}, {image.VHD, vhd.Probe},
+		{image.Qcow2, probeQcow2}, {image.VHDX, vhdx.Probe}, {image.VMDK, vmdk.Probe}, {image.VHD, vhd.Probe}, {image.VDI, vdi.Probe},
 	} {
 		if c.probe(f) {
 			list = append(list, c.format)
@@ -261,6 +294,7 @@ var extensions = []struct {
 	{".vhd", image.VHD}, {".vpc", image.VHD}, {".avhd", image.VHD},
 	{".vhdx", image.VHDX}, {".avhdx", image.VHDX},
 	{".vmdk", image.VMDK},
+	{".vdi", image.VDI},
 }
 
 // FormatByName goes by the extension of path; false for one that says nothing.

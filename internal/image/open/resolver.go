@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
@@ -25,9 +26,18 @@ type DirResolver struct {
 	// ByBase looks for the last part of a name that leads elsewhere. It is for
 	// formats that tell a right file from a wrong one by its identity.
 	ByBase bool
+	// At is the directory in or beneath Dir where relative names begin; Dir
+	// itself if it is empty or lies elsewhere.
+	At string
 }
 
-var _ image.Resolver = DirResolver{}
+var _ image.RelativeResolver = DirResolver{}
+
+// From is r for the names in child, which are relative to child's directory.
+func (r DirResolver) From(child image.File) image.Resolver {
+	r.At = filepath.Dir(child.Name())
+	return r
+}
 
 // Resolve opens the file of that name.
 func (r DirResolver) Resolve(name string) (image.File, error) {
@@ -35,20 +45,27 @@ func (r DirResolver) Resolve(name string) (image.File, error) {
 	if strings.ContainsRune(name, 0) || len(name) > 4096 {
 		return nil, refused
 	}
-	rel, ok := r.beneath(name)
-	base := lastPart(name)
-	byBase := r.ByBase && local(base) && rel != base
+	var candidates []string
+	if rel, ok := r.beneath(name); ok {
+		candidates = append(candidates, rel)
+	}
+	if base := lastPart(name); r.ByBase && local(base) {
+		candidates = append(candidates, path.Join(r.start(), base), base)
+	}
 	var f *os.File
 	err := refused
-	if ok {
-		f, err = openBeneath(r.Dir, rel)
+	for i, rel := range candidates {
+		if i > 0 && rel == candidates[i-1] {
+			continue
+		}
+		if f, err = openBeneath(r.Dir, rel); !missing(err) {
+			break
+		}
 	}
-	if byBase && (!ok || errors.Is(err, fs.ErrNotExist)) {
-		f, err = openBeneath(r.Dir, base)
-	} else if !ok {
+	if len(candidates) == 0 {
 		return nil, refused
 	}
-	if errors.Is(err, fs.ErrNotExist) {
+	if missing(err) {
 		return nil, fmt.Errorf("%q: no file of that name in %s: %w", name, r.Dir, fault.ErrNotFound)
 	}
 	if errors.Is(err, errEscapes) {
@@ -63,6 +80,11 @@ func (r DirResolver) Resolve(name string) (image.File, error) {
 		return nil, fmt.Errorf("%q: %w", name, err)
 	}
 	return file, nil
+}
+
+// missing says whether err means that there is no such file, nor could be.
+func missing(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ENAMETOOLONG)
 }
 
 // errEscapes is the reason not to open what a name leads to: a symbolic link,
@@ -91,8 +113,29 @@ func (r DirResolver) beneath(name string) (string, bool) {
 	case strings.Contains(name, `\`) && !strings.Contains(name, "/"):
 		rel = strings.ReplaceAll(name, `\`, "/") // as Windows writes them: .\base.vhdx
 	}
+	if !filepath.IsAbs(name) {
+		rel = path.Join(r.start(), rel)
+	}
 	rel = path.Clean(rel)
 	return rel, local(rel)
+}
+
+// start is the directory, with slashes, where relative names begin, relative to
+// Dir.
+func (r DirResolver) start() string {
+	if r.At == "" {
+		return "."
+	}
+	dir, err := filepath.Abs(r.Dir)
+	at, err2 := filepath.Abs(r.At)
+	if err != nil || err2 != nil {
+		return "."
+	}
+	rel, err := filepath.Rel(dir, at)
+	if err != nil || !filepath.IsLocal(rel) {
+		return "."
+	}
+	return filepath.ToSlash(rel)
 }
 
 func lastPart(name string) string { return name[strings.LastIndexAny(name, `/\`)+1:] }

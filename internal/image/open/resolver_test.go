@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -35,6 +36,7 @@ func TestResolverStaysBeneath(t *testing.T) {
 			}
 		}
 		makeFifo(t, filepath.Join(dir, "fifo"))
+		makeSpecial(t, filepath.Join(dir, "device"), filepath.Join(dir, "socket"))
 	}
 	const none = ""
 	for _, c := range []struct {
@@ -73,6 +75,19 @@ func TestResolverStaysBeneath(t *testing.T) {
 		{"/proc/self/fd/0", none, none, none},
 		{`json:{"driver":"file","filename":"/etc/passwd"}`, none, none, none},
 		{"nbd://host/disk", none, none, none},
+		{`\\?\C:\vms\secret`, none, none, none},
+		{`\\?\C:\vms\disk.vmdk`, none, none, "images/disk.vmdk"},
+		{`\\.\PhysicalDrive0`, none, none, none},
+		{`\\server\share\secret`, none, none, none},
+		{`..\secret`, none, none, none},
+		{`C:secret`, none, none, none},
+		{"disk.vmdk:stream", none, none, none},
+		{"disk.vmdk::$DATA", none, none, none},
+		{"disk.vmdk/inside", none, none, none},
+		{strings.Repeat("n", 300), none, none, none},
+		{strings.Repeat("n/", 3000), none, none, none},
+		{"device", none, none, none},
+		{"socket", none, none, none},
 	} {
 		for kind, want := range map[open.DirResolver]string{
 			{Dir: dir, Plain: true}: c.plain, {Dir: dir}: c.deep, {Dir: dir, ByBase: true}: c.byBase,
@@ -88,6 +103,58 @@ func TestResolverStaysBeneath(t *testing.T) {
 				}
 				if !errors.Is(err, image.ErrNotAllowed) && !errors.Is(err, fault.ErrNotFound) {
 					t.Errorf("%+v: %q: %v is neither refused nor missing", kind, c.name, err)
+				}
+				continue
+			}
+			p := make([]byte, f.Bytes())
+			f.ReadAt(p, 0)
+			f.Close()
+			if string(p) != want {
+				t.Errorf("%+v: %q opens %q, want %q", kind, c.name, p, want)
+			}
+		}
+	}
+}
+
+// A name begins at the file that holds it, and ends beneath the directory all
+// the same.
+func TestNamesAreRelativeToTheirFile(t *testing.T) {
+	root := t.TempDir()
+	for _, d := range []string{"vm/snaps/deep", "elsewhere"} {
+		if err := os.MkdirAll(filepath.Join(root, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, f := range []string{"vm/base", "vm/snaps/base", "vm/snaps/one", "secret", "elsewhere/base"} {
+		if err := os.WriteFile(filepath.Join(root, f), []byte(f), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const none = ""
+	for _, c := range []struct{ at, name, want, byBase string }{
+		{"", "base", "vm/base", "vm/base"},
+		{"vm", "base", "vm/base", "vm/base"},
+		{"vm/snaps", "base", "vm/snaps/base", "vm/snaps/base"},
+		{"vm/snaps", "../base", "vm/base", "vm/base"},
+		{"vm/snaps", `..\base`, "vm/base", "vm/base"},
+		{"vm/snaps/deep", "../one", "vm/snaps/one", "vm/snaps/one"},
+		{"vm/snaps/deep", "one", none, none},
+		{"vm/snaps", `D:\vms\one`, none, "vm/snaps/one"},
+		{"vm/snaps/deep", `D:\vms\base`, none, "vm/base"},
+		{"vm/snaps", "../../secret", none, none},
+		{"vm/snaps", "../../elsewhere/base", none, "vm/snaps/base"},
+		{"elsewhere", "base", "vm/base", "vm/base"}, // a directory that is not allowed is not where names begin
+	} {
+		for kind, want := range map[open.DirResolver]string{
+			{Dir: filepath.Join(root, "vm")}: c.want, {Dir: filepath.Join(root, "vm"), ByBase: true}: c.byBase,
+		} {
+			if c.at != "" {
+				kind.At = filepath.Join(root, c.at)
+			}
+			f, err := kind.Resolve(c.name)
+			if err != nil {
+				if want != none {
+					t.Errorf("%+v: %q: %v", kind, c.name, err)
 				}
 				continue
 			}
