@@ -138,7 +138,8 @@ func (o Options) plan(p *point.RestorePoint, own func(point.Disk) image.Format, 
 
 // formatOf is the format that d had, or raw for one that we do not write.
 func formatOf(d point.Disk) image.Format {
-	if f := FormatOf("x." + d.Format); f != "" {
+	switch f := FormatOf("x." + d.Format); f {
+	case image.Qcow2, image.VHD, image.VHDX, image.VMDK:
 		return f
 	}
 	return image.Raw
