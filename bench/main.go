@@ -27,7 +27,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	var b bench
-	only := flag.String("only", "full,restore,rescan,vm", "comma-separated, in this order: full, restore, rescan, vm")
+	only := flag.String("only", "full,restore,rescan,vm,images", "comma-separated, in this order: full, restore, rescan, vm, images")
 	flag.StringVar(&b.dir, "dir", filepath.Join(os.TempDir(), "backstay-bench"), "work directory; 40 GiB are needed")
 	flag.IntVar(&b.runs, "runs", 5, "runs of each tool; the median counts")
 	flag.Int64Var(&b.virtual, "virtual", 8<<30, "virtual size of the disk in bytes")
@@ -73,6 +73,8 @@ func (b *bench) run(ctx context.Context, cases []string) error {
 			err = b.restore(ctx)
 		case "vm":
 			err = b.vm(ctx)
+		case "images":
+			err = b.images(ctx)
 		default:
 			err = fmt.Errorf("no such case")
 		}

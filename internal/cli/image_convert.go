@@ -4,27 +4,30 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/convert"
 	"github.com/backstay/backstay/internal/image/open"
 )
 
 type convertOptions struct {
-	in          imageInput
-	format      string
-	variant     string
-	compression string
-	level       int
-	block       sizeFlag
-	force       bool
+	in           imageInput
+	format       string
+	variant      string
+	compression  string
+	level        int
+	block        sizeFlag
+	sector       int
+	force        bool
+	onlyTop      bool
+	parent       string
+	parentFormat string
 }
 
 func (a *app) imageConvertCmd() *cobra.Command {
@@ -36,11 +39,24 @@ func (a *app) imageConvertCmd() *cobra.Command {
 extension or --output-format. What is zero takes no room. With --parents the
 whole chain becomes one image.
 
+With --only-top, TARGET becomes a layer like FILE: it holds what FILE alone
+holds, zeros included, over the same parent or over --parent NAME. The name is
+written as given, begins at TARGET's directory, and must hold the same disk as
+FILE's parent. A format that has no layers gets holes for what FILE does not
+hold, with a warning.
+
 TARGET appears when it is whole and durable, and replaces nothing without
---force.`,
+--force.
+
+With --json: source, target, format, virtual_bytes, read_bytes and
+written_bytes (bytes of the disk that were read, and that were not zero),
+duration_ns.`,
 		Example: `  backstay image convert web01.vmdk web01.qcow2
   backstay image convert web01.qcow2 web01.vmdk --variant streamOptimized
-  backstay image convert disk.bin disk.vhd -f raw --variant fixed`,
+  backstay image convert disk.bin disk.vhd -f raw --variant fixed
+  backstay image convert --parents web01-snapshot.avhdx web01.raw
+  backstay image convert --only-top monday.qcow2 monday-copy.qcow2
+  backstay image convert --only-top monday.qcow2 monday.vhdx --parent base.vhdx`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.convertImage(cmd.Context(), o, args[0], args[1])
@@ -48,13 +64,38 @@ TARGET appears when it is whole and durable, and replaces nothing without
 	}
 	o.in.flags(cmd, "what FILE is")
 	f := cmd.Flags()
-	f.StringVarP(&o.format, "output-format", "O", "", "what to write: raw, qcow2, vhd, vhdx or vmdk (default: by the extension)")
-	f.StringVar(&o.variant, "variant", "", "of the format: dynamic, fixed; monolithicSparse, monolithicFlat, streamOptimized")
+	f.StringVarP(&o.format, "output-format", "O", "", "what to write: "+strings.Join(formatWords(), ", ")+" (default: by the extension)")
+	f.StringVar(&o.variant, "variant", "", "of the format: "+variantHelp())
 	f.StringVar(&o.compression, "compression", "", "zlib or zstd, for a compressed qcow2")
 	f.IntVar(&o.level, "level", 0, "of compression (default: the format's usual one)")
 	f.Var(&o.block, "block-size", "of clusters, blocks or grains (default: the format's usual one)")
+	f.IntVar(&o.sector, "sector-size", 0, "of the disk's sectors, 512 or 4096, where the format knows it (default: FILE's)")
 	f.BoolVar(&o.force, "force", false, "replace an existing TARGET, once the new one is whole")
+	f.BoolVar(&o.onlyTop, "only-top", false, "make a layer of what FILE alone holds")
+	f.StringVar(&o.parent, "parent", "", "with --only-top: TARGET's parent, instead of FILE's")
+	f.StringVar(&o.parentFormat, "parent-format", "", "what --parent is: "+formatHelp)
+	completeWords(cmd, "output-format", formatWords())
+	completeWords(cmd, "parent-format", readableWords())
+	completeWords(cmd, "sector-size", []string{"512", "4096"})
+	var variants, compressions []string
+	for _, f := range open.Formats() {
+		variants = append(variants, open.Variants(f)...)
+		compressions = append(compressions, open.Compressions(f)...)
+	}
+	completeWords(cmd, "variant", variants)
+	completeWords(cmd, "compression", compressions)
 	return cmd
+}
+
+// variantHelp lists the variants of all formats that have some.
+func variantHelp() string {
+	var parts []string
+	for _, f := range open.Formats() {
+		if v := open.Variants(f); len(v) > 0 {
+			parts = append(parts, string(f)+" "+strings.Join(v, ", "))
+		}
+	}
+	return strings.Join(parts, "; ")
 }
 
 // A convertResult is what image convert --json prints.
@@ -69,41 +110,60 @@ type convertResult struct {
 
 func (a *app) convertImage(ctx context.Context, o convertOptions, from, to string) error {
 	start := time.Now()
-	format, known := open.FormatByName(to)
-	if o.format != "" {
-		var err error
-		if format, err = parseFormat(o.format); err != nil {
-			return err
-		}
-	} else if !known {
-		return usage("%s: its extension names no format: say --output-format raw, qcow2, vhd, vhdx or vmdk", to)
-	}
-	if o.level < 0 {
-		return usage("--level %d: want a positive number", o.level)
+	format, err := o.target(to)
+	if err != nil {
+		return err
 	}
 	if err := mayReplace(to, from, o.force); err != nil {
 		return err
 	}
-	src, err := o.in.open(from, false)
+	src, err := o.in.open(from, o.onlyTop)
 	if err != nil {
 		return err
 	}
 	defer src.Close()
-	for _, warning := range src.Info().Warnings {
+	info := src.Info()
+	for _, f := range info.Files {
+		if !filepath.IsAbs(f) {
+			f = filepath.Join(filepath.Dir(from), f)
+		}
+		if err := mayReplace(to, f, true); err != nil {
+			return err
+		}
+	}
+	for _, warning := range info.Warnings {
 		a.say("warning: %s: %s", from, clean(warning))
+	}
+	create, warnings, err := o.create(format, info, to)
+	if err != nil {
+		return err
+	}
+	for _, warning := range warnings {
+		a.say("warning: %s: %s", to, clean(warning))
+	}
+	copyTo := func(w image.Writer, co convert.Options) (convert.Result, error) { return convert.Copy(ctx, w, src, co) }
+	if create.Parent != "" {
+		var whole image.Image
+		if o.in.parents {
+			if whole, err = o.in.open(from, false); err != nil {
+				return err
+			}
+			defer whole.Close()
+		}
+		copyTo = func(w image.Writer, co convert.Options) (convert.Result, error) {
+			return convert.CopyLayer(ctx, w, src, whole, co)
+		}
 	}
 	bar := a.newBar("converting")
 	defer bar.end()
 	var res convert.Result
 	err = stageImage(to, from, o.force, func(path string) error {
-		w, err := open.Create(path, format, image.CreateOptions{
-			VirtualBytes: src.Size(), Variant: o.variant, Compression: o.compression, Level: o.level, BlockBytes: int64(o.block),
-		})
+		w, err := open.Create(path, format, create)
 		if err != nil {
 			return err
 		}
 		defer w.Close()
-		if res, err = convert.Copy(ctx, w, src, convert.Options{Progress: bar.set}); err != nil {
+		if res, err = copyTo(w, convert.Options{Progress: bar.set}); err != nil {
 			return err
 		}
 		if err := ctx.Err(); err != nil {
@@ -121,101 +181,150 @@ func (a *app) convertImage(ctx context.Context, o convertOptions, from, to strin
 	})
 	bar.end()
 	if err != nil {
-		return imageHint(fmt.Errorf("convert %s to %s: %w", from, to, err), from)
+		err = fmt.Errorf("convert %s to %s: %w", from, to, err)
+		if errors.Is(err, convert.ErrPartial) {
+			return withHint(err, "--parents lets the rest of such units be read from FILE's parent; a smaller --block-size may do without")
+		}
+		return imageHint(fullHint(err, to), from)
 	}
 	if a.json {
 		return a.printJSON(convertResult{from, to, format, src.Size(), res, time.Since(start)})
 	}
-	fmt.Fprintf(a.stdout, "converted %s to %s (%s): %s, of which %s are data, in %s\n",
-		from, to, format, sizeText(src.Size()), sizeText(res.WrittenBytes), timeText(time.Since(start)))
+	what := "data"
+	if create.Parent != "" {
+		what = fmt.Sprintf("in this layer over %s", clean(create.Parent))
+	}
+	fmt.Fprintf(a.stdout, "converted %s to %s (%s): %s, of which %s are %s, in %s\n",
+		from, to, format, sizeText(src.Size()), sizeText(res.WrittenBytes), what, timeText(time.Since(start)))
 	return nil
 }
 
-// mayReplace says why no image may be put at path. An image is never converted
-// onto itself: it would be gone if the result were of no use.
-func mayReplace(path, source string, force bool) error {
-	info, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+// target is the format to write, once nothing is wrong with the flags.
+func (o convertOptions) target(to string) (image.Format, error) {
+	format, known := open.FormatByName(to)
+	if o.format != "" {
+		var err error
+		if format, err = parseFormat(o.format); err != nil {
+			return "", err
+		}
+	} else if !known {
+		return "", usage("%s: its extension names no format: say --output-format %s", to, strings.Join(formatWords(), ", "))
 	}
-	if err != nil {
-		return err
+	if (o.parent != "" || o.parentFormat != "") && !o.onlyTop {
+		return "", usage("--parent goes with --only-top: without it TARGET is the whole disk and has none")
 	}
-	if src, err := os.Stat(source); err == nil && os.SameFile(src, info) {
-		return usage("%s is the image to convert; choose another target", path)
+	if o.parentFormat != "" {
+		if _, err := (imageInput{format: o.parentFormat}).options("", true); err != nil {
+			return "", err
+		}
+		if o.parent == "" {
+			return "", usage("--parent-format says what --parent is, which is missing")
+		}
 	}
-	switch {
-	case !force:
-		return withHint(fmt.Errorf("%s: %w", path, fault.ErrExists), "choose another target, or --force to replace it")
-	case !info.Mode().IsRegular():
-		// A link leads to somebody else's file, and a device can't be replaced.
-		return withHint(fmt.Errorf("%s is no regular file: %w", path, fault.ErrExists), "choose another target: --force replaces files alone")
+	if err := open.CheckCreate(format, o.asked()); err != nil {
+		return "", usageError{err}
 	}
-	return nil
+	return format, nil
 }
 
-// stageImage lets create make an image, which may be several files, in a
-// directory beside target under their final names, and moves them to where
-// they belong when create returned nil.
-func stageImage(target, source string, force bool, create func(path string) error) error {
-	dir, name := filepath.Dir(target), filepath.Base(target)
-	stage, err := os.MkdirTemp(dir, "."+name+".*.partial")
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("directory %s: %w", dir, fault.ErrNotFound)
-		}
-		return err
+// asked are the flags as options.
+func (o convertOptions) asked() image.CreateOptions {
+	return image.CreateOptions{
+		Variant: o.variant, Compression: o.compression, Level: o.level,
+		BlockBytes: int64(o.block), SectorBytes: o.sector, Parent: o.parent,
 	}
-	defer os.RemoveAll(stage)
-	if err := create(filepath.Join(stage, name)); err != nil {
-		return err
-	}
-	entries, err := os.ReadDir(stage)
-	if err != nil {
-		return err
-	}
-	// The target itself comes last: it makes the others count.
-	names := make([]string, 0, len(entries))
-	for _, e := range entries {
-		if e.Name() == name {
-			continue
-		}
-		if err := mayReplace(filepath.Join(dir, e.Name()), source, force); err != nil {
-			return err
-		}
-		names = append(names, e.Name())
-	}
-	names = append(names, name)
-	for i, n := range names {
-		to := filepath.Join(dir, n)
-		if err := putFile(filepath.Join(stage, n), to, force); err != nil {
-			if !force {
-				for _, done := range names[:i] {
-					os.Remove(filepath.Join(dir, done))
-				}
-			}
-			return err
-		}
-	}
-	return image.SyncDir(target)
 }
 
-// putFile moves a file. Without force it never replaces one, even if that
-// appeared a moment ago.
-func putFile(from, to string, force bool) error {
-	if force {
-		return os.Rename(from, to)
+// create are the options of the image to, which is to hold the disk of which
+// from tells.
+func (o convertOptions) create(format image.Format, from image.Info, to string) (c image.CreateOptions, warnings []string, err error) {
+	c = o.asked()
+	c.VirtualBytes = from.VirtualBytes
+	warn := func(format string, args ...any) { warnings = append(warnings, fmt.Sprintf(format, args...)) }
+	if big := from.SectorBytes; big > 512 && o.sector == 0 {
+		sectors := c
+		sectors.SectorBytes = big
+		if open.CheckCreate(format, sectors) == nil {
+			c.SectorBytes = big
+		} else {
+			warn("the disk has sectors of %d bytes, of which %s images know nothing: give it to its machine with that sector size", big, format)
+		}
 	}
-	err := os.Link(from, to)
+	if format == image.VHDX && c.VirtualBytes == 0 {
+		warn("a VHDX of 0 bytes is one that other programs do not open")
+	}
 	switch {
-	case err == nil:
-		return os.Remove(from)
-	case errors.Is(err, fs.ErrExist):
-		return fmt.Errorf("%s: %w", to, fault.ErrExists)
+	case !o.onlyTop || from.Parent == "" && o.parent == "":
+		return c, warnings, nil
+	case !open.Layered(format, o.variant):
+		warn("%s images have no layers: what lies in the parent %q is holes here", strings.TrimSpace(string(format)+" "+o.variant), from.Parent)
+		return c, warnings, nil
 	}
-	// A file system without hard links.
-	if _, err := os.Lstat(to); !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%s: %w", to, fault.ErrExists)
+	more, err := o.layer(&c, format, from, to)
+	return c, append(warnings, more...), err
+}
+
+// layer makes c that of a layer over --parent, or over what from has for a
+// parent.
+func (o convertOptions) layer(c *image.CreateOptions, format image.Format, from image.Info, to string) (warnings []string, err error) {
+	sameKind := format == from.Format
+	if sameKind && c.BlockBytes == 0 {
+		// What the layer holds then comes in units that fit.
+		c.BlockBytes = from.BlockBytes
+		if open.CheckCreate(format, *c) != nil {
+			c.BlockBytes = 0
+		}
 	}
-	return os.Rename(from, to)
+	if o.parent == "" {
+		if !sameKind && format != image.Qcow2 {
+			return nil, usage("a %s layer needs a %s parent, and that of the source is another: name one with --parent", format, format)
+		}
+		c.Parent, c.ParentFormat = from.Parent, from.ParentFormat
+		if c.ParentFormat == "" {
+			c.ParentFormat, _ = open.FormatByName(c.Parent)
+		}
+		if c.ParentFormat == "" {
+			return nil, usage("what is the parent %q? name it with --parent and --parent-format", from.Parent)
+		}
+		c.ParentInfo = parentOf(from)
+		return nil, nil
+	}
+	// The user names this file, so it may be opened.
+	path := o.parent
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(filepath.Dir(to), filepath.FromSlash(path))
+	}
+	parent, err := open.Open(path, open.Options{Format: image.Format(o.parentFormat), OnlyTop: true})
+	switch _, gone := os.Lstat(path); {
+	case errors.Is(err, open.ErrFormat):
+		return nil, withHint(fmt.Errorf("parent: %w", err), "say what it is with --parent-format")
+	case err != nil && (gone == nil || !sameKind || from.Parent == ""):
+		return nil, imageHint(fmt.Errorf("parent: %w", err), path)
+	case err != nil:
+		c.ParentFormat, c.ParentInfo = from.ParentFormat, parentOf(from)
+		if o.parentFormat != "" {
+			c.ParentFormat = image.Format(o.parentFormat)
+		}
+		return []string{fmt.Sprintf("the parent %s is not there, so nothing was compared with it", path)}, nil
+	}
+	info := parent.Info()
+	parent.Close()
+	c.ParentFormat, c.ParentInfo = info.Format, &info
+	if was := parentOf(from); sameKind && was.Identity != "" && was.Identity != info.Identity {
+		warnings = append(warnings, fmt.Sprintf("its parent has the identity %s and that of the source %s: the disk is right only if both hold the same", info.Identity, was.Identity))
+	}
+	if info.VirtualBytes != from.VirtualBytes {
+		warnings = append(warnings, fmt.Sprintf("its parent has %d bytes and the disk %d", info.VirtualBytes, from.VirtualBytes))
+	}
+	return warnings, nil
+}
+
+// parentOf is what a layer knows of its parent.
+func parentOf(child image.Info) *image.Info {
+	id, _, _ := strings.Cut(child.FormatDetails["parent identity"], " ")
+	return &image.Info{
+		Format: child.ParentFormat, Identity: id, VirtualBytes: child.VirtualBytes, SectorBytes: child.SectorBytes,
+		// A VHDX has one identity all along its chain, beside that of each file.
+		FormatDetails: map[string]string{"disk identity": child.FormatDetails["disk identity"]},
+	}
 }
