@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"os"
@@ -18,9 +19,9 @@ import (
 	"github.com/backstay/backstay/internal/image/imagetest"
 )
 
-// chain writes a parent and a layer over it into dir, and gives what the top
-// of the chain must read as.
-func chain(t testing.TB, dir string, size int64, parent, child image.CreateOptions) (top string, want []byte) {
+// chain writes a parent and a layer over it into dir, of which the layer has
+// runs of grain sectors, and gives what the top of the chain must read as.
+func chain(t testing.TB, dir string, size, grain int64, parent, child image.CreateOptions) (top string, want []byte) {
 	t.Helper()
 	disk := imagetest.NewDisk(1, size)
 	base := filepath.Join(dir, "base.vhd")
@@ -44,8 +45,8 @@ func chain(t testing.TB, dir string, size int64, parent, child image.CreateOptio
 	sectors := int64(len(want) / 512)
 	written := map[int64]bool{} // a writer takes each byte once
 	for range 200 {
-		from := r.Int64N(sectors)
-		n := min(1+r.Int64N(40), sectors-from)
+		from := r.Int64N(sectors) / grain * grain
+		n := min((1+r.Int64N(40))*grain, sectors-from)
 		for s := from; s < from+n; s++ {
 			if written[s] {
 				continue
@@ -83,7 +84,7 @@ func TestLayerOverAParent(t *testing.T) {
 	for _, size := range []int64{9<<20 + 1536, 8 << 20, 512} {
 		for _, variant := range []string{"fixed", "dynamic"} {
 			dir := t.TempDir()
-			top, want := chain(t, dir, size, image.CreateOptions{Variant: variant}, image.CreateOptions{})
+			top, want := chain(t, dir, size, 1, image.CreateOptions{Variant: variant}, image.CreateOptions{})
 			img, err := openPath(top)
 			if err != nil {
 				t.Fatal(err)
@@ -105,9 +106,21 @@ func TestLayerOverAParent(t *testing.T) {
 	}
 }
 
+// Of a layer, libvhdi gives zeros for sectors of the parent that follow sectors
+// of the layer in one byte of the bitmap. Where there are none it is right.
+func TestLibvhdiReadsLayersOfWhole4KiB(t *testing.T) {
+	for _, variant := range []string{"fixed", "dynamic"} {
+		top, want := chain(t, t.TempDir(), 9<<20+4096, 8, image.CreateOptions{Variant: variant}, image.CreateOptions{})
+		got := make([]byte, len(want))
+		if _, err := imagetest.Libvhdi(t, top).ReadAt(got, 0); err != nil && err != io.EOF || !bytes.Equal(got, want) {
+			t.Errorf("over a %s parent: libvhdi reads another content (%v)", variant, err)
+		}
+	}
+}
+
 func TestParentIsFoundByItsIdentity(t *testing.T) {
 	dir := t.TempDir()
-	top, _ := chain(t, dir, 3<<20, image.CreateOptions{}, image.CreateOptions{})
+	top, _ := chain(t, dir, 3<<20, 1, image.CreateOptions{}, image.CreateOptions{})
 
 	f, err := image.OpenFile(top)
 	if err != nil {

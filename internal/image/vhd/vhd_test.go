@@ -146,6 +146,18 @@ func TestSevenZipReadsWhatWeWrite(t *testing.T) {
 	}
 }
 
+// A third one, by people who wrote their own specification of the format.
+func TestLibvhdiReadsWhatWeWrite(t *testing.T) {
+	for _, o := range []image.CreateOptions{{Variant: "fixed"}, {}, {BlockBytes: 512 << 10}, {BlockBytes: 16 << 20}} {
+		disk := imagetest.NewDisk(8, 40<<20+512)
+		path := filepath.Join(t.TempDir(), "disk.vhd")
+		write(t, path, disk, o)
+		if got, want := imagetest.Hash(t, imagetest.Libvhdi(t, path), disk.Size()), imagetest.Hash(t, disk, disk.Size()); got != want {
+			t.Errorf("%+v: libvhdi reads another content", o)
+		}
+	}
+}
+
 // write makes an image of disk at path.
 func write(t testing.TB, path string, disk *imagetest.Disk, o image.CreateOptions) {
 	t.Helper()

@@ -28,33 +28,40 @@ func (m *metadata) child(o image.CreateOptions) error {
 	if id, ok := parseGUID(o.ParentInfo.FormatDetails["disk identity"]); ok {
 		m.diskID = id // the disk is the same, whichever layer shows it
 	}
-	key, name := locate(o.Parent)
-	if len(name) > 1<<14 {
+	if len(o.Parent) > 1<<14 {
 		return errors.New("the parent's name is too long")
 	}
 	m.differencing = true
-	m.locator = map[string]string{"parent_linkage": "{" + link.String() + "}", key: name}
+	m.locator = locate(o.Parent)
+	m.locator["parent_linkage"] = "{" + link.String() + "}"
 	return nil
 }
 
-// locate is the key and the value by which a locator names a parent. Absolute
-// names are of the kind that Windows does not shorten.
-func locate(parent string) (key, name string) {
-	name = strings.ReplaceAll(parent, "/", `\`)
+// locate is how a locator names a parent. Absolute names are of the kind that
+// Windows does not shorten.
+func locate(parent string) map[string]string {
+	name := strings.ReplaceAll(parent, "/", `\`)
 	switch {
 	case strings.HasPrefix(name, `\\?\`):
-		return "absolute_win32_path", name
+		return map[string]string{"absolute_win32_path": name}
 	case strings.HasPrefix(name, `\\`):
-		return "absolute_win32_path", `\\?\UNC` + name[1:]
+		return map[string]string{"absolute_win32_path": `\\?\UNC` + name[1:]}
 	case len(name) > 1 && name[1] == ':':
-		return "absolute_win32_path", `\\?\` + name
+		return map[string]string{"absolute_win32_path": `\\?\` + name}
 	case strings.HasPrefix(name, `\`):
 		// Windows knows no such path, and would look for it on its present drive.
-		name = name[strings.LastIndexByte(name, '\\')+1:]
-	case strings.HasPrefix(name, `.\`) || strings.HasPrefix(name, `..\`):
-		return "relative_path", name
+		name = `.\` + name[strings.LastIndexByte(name, '\\')+1:]
+	case !strings.HasPrefix(name, `.\`) && !strings.HasPrefix(name, `..\`):
+		name = `.\` + name
 	}
-	return "relative_path", `.\` + name
+	// Every layer that Windows makes has both kinds of name, and libvhdi takes
+	// the file's name from the absolute one alone. Windows goes by the relative
+	// one first, and by the linkage whatever a name leads to.
+	rest := name
+	for strings.HasPrefix(rest, `.\`) || strings.HasPrefix(rest, `..\`) {
+		_, rest, _ = strings.Cut(rest, `\`)
+	}
+	return map[string]string{"relative_path": name, "absolute_win32_path": `\\?\C:\` + rest}
 }
 
 // mark records that a range within one block is not the parent's any more.

@@ -18,8 +18,8 @@ import (
 )
 
 // chain writes a parent and a layer over it into dir, and gives what the top
-// of the chain must read as.
-func chain(t testing.TB, dir string, size int64, parent, child image.CreateOptions) (top string, want []byte) {
+// of the chain must read as. The layer has whole blocks of fill and of data.
+func chain(t testing.TB, dir string, size int64, fill byte, parent, child image.CreateOptions) (top string, want []byte) {
 	t.Helper()
 	disk := imagetest.NewDisk(1, size)
 	base := filepath.Join(dir, "base.vhdx")
@@ -56,8 +56,9 @@ func chain(t testing.TB, dir string, size int64, parent, child image.CreateOptio
 		}
 	}
 	whole := int64(2<<20) / unit
-	for s := whole; s < 3*whole; s++ { // a whole block of zeros, and one of data
-		put(s, byte(s/whole-1)*0xee)
+	for s := whole; s < 2*whole; s++ {
+		put(s, fill)
+		put(s+whole, 0xee)
 	}
 	for range 200 {
 		from, fill := r.Int64N(sectors), byte(r.IntN(3))
@@ -91,7 +92,7 @@ func TestLayerOverAParent(t *testing.T) {
 				farChain(t, dir, c.size, c.parent)
 				return
 			}
-			top, want := chain(t, dir, c.size, c.parent, c.child)
+			top, want := chain(t, dir, c.size, 0, c.parent, c.child)
 			img, err := openPath(top)
 			if err != nil {
 				t.Fatal(err)
@@ -111,8 +112,13 @@ func TestLayerOverAParent(t *testing.T) {
 			if c.child.BlockBytes == 0 && !holdsZeros(t, img) {
 				t.Error("a block of zeros is not one in the table")
 			}
-			if got, want := sevenZip(t, top), imagetest.Hash(t, bytes.NewReader(want), c.size); got != want {
+			if sevenZip(t, top) != imagetest.Hash(t, bytes.NewReader(want), c.size) {
 				t.Error("7z reads another content")
+			}
+			// Under a block of zeros, libvhdi shows the parent.
+			top, want = chain(t, t.TempDir(), c.size, 0xcc, c.parent, c.child)
+			if imagetest.Hash(t, imagetest.Libvhdi(t, top), c.size) != imagetest.Hash(t, bytes.NewReader(want), c.size) {
+				t.Error("libvhdi reads another content")
 			}
 		})
 	}
@@ -196,7 +202,7 @@ func farChain(t *testing.T, dir string, size int64, o image.CreateOptions) {
 
 func TestParentIsFoundByItsIdentity(t *testing.T) {
 	dir := t.TempDir()
-	top, _ := chain(t, dir, 3<<20, image.CreateOptions{}, image.CreateOptions{})
+	top, _ := chain(t, dir, 3<<20, 0, image.CreateOptions{}, image.CreateOptions{})
 	base := filepath.Join(dir, "base.vhdx")
 
 	f, err := image.OpenFile(top)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"maps"
 	"os"
 	"path/filepath"
 	"testing"
@@ -287,13 +288,14 @@ func (v *verifier) locator(p, diskID []byte, o image.CreateOptions) {
 		k, val := le.Uint32(e), le.Uint32(e[4:])
 		pairs[text(p[k:k+uint32(le.Uint16(e[8:]))])] = text(p[val : val+uint32(le.Uint16(e[10:]))])
 	}
-	want := map[string][2]string{
-		`..\vm\base.vhdx`:        {"relative_path", `..\vm\base.vhdx`},
-		"base.vhdx":              {"relative_path", `.\base.vhdx`},
-		`C:\vm\base.vhdx`:        {"absolute_win32_path", `\\?\C:\vm\base.vhdx`},
-		`\\host\share\base.vhdx`: {"absolute_win32_path", `\\?\UNC\host\share\base.vhdx`},
+	want := map[string]map[string]string{
+		`..\vm\base.vhdx`:        {"relative_path": `..\vm\base.vhdx`, "absolute_win32_path": `\\?\C:\vm\base.vhdx`},
+		"base.vhdx":              {"relative_path": `.\base.vhdx`, "absolute_win32_path": `\\?\C:\base.vhdx`},
+		`C:\vm\base.vhdx`:        {"absolute_win32_path": `\\?\C:\vm\base.vhdx`},
+		`\\host\share\base.vhdx`: {"absolute_win32_path": `\\?\UNC\host\share\base.vhdx`},
 	}[o.Parent]
-	if len(pairs) != 2 || pairs["parent_linkage"] != "{"+o.ParentInfo.Identity+"}" || pairs[want[0]] != want[1] {
+	want["parent_linkage"] = "{" + o.ParentInfo.Identity + "}"
+	if !maps.Equal(pairs, want) {
 		t.Errorf("locator %q, want %q", pairs, want)
 	}
 	if guidText(diskID) != o.ParentInfo.FormatDetails["disk identity"] {

@@ -158,6 +158,21 @@ func TestSevenZipReadsWhatWeWrite(t *testing.T) {
 	}
 }
 
+// A third one, by people who wrote their own specification of the format. It
+// takes the sizes and sectors that the others refuse.
+func TestLibvhdiReadsWhatWeWrite(t *testing.T) {
+	for _, o := range []image.CreateOptions{
+		{}, {Variant: "fixed"}, {SectorBytes: 4096}, {BlockBytes: 1 << 20}, {BlockBytes: 256 << 20}, {Variant: "fixed", SectorBytes: 4096, BlockBytes: 8 << 20},
+	} {
+		disk := imagetest.NewDisk(8, 40<<20+4096)
+		path := filepath.Join(t.TempDir(), "disk.vhdx")
+		write(t, path, disk, o)
+		if got, want := imagetest.Hash(t, imagetest.Libvhdi(t, path), disk.Size()), imagetest.Hash(t, disk, disk.Size()); got != want {
+			t.Errorf("%+v: libvhdi reads another content", o)
+		}
+	}
+}
+
 // sevenZip is the hash of what 7z reads of path.
 func sevenZip(t *testing.T, path string) string {
 	t.Helper()
