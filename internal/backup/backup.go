@@ -369,5 +369,7 @@ func (e *engine) seed() uint64 {
 	return binary.LittleEndian.Uint64(b[:])
 }
 
-// errNoSuchVM names the VM that a driver does not list.
-func errNoSuchVM(name string) error { return fmt.Errorf("VM %s: %w", name, fault.ErrNotFound) }
+// ErrNoSuchVM says that a driver does not list the VM.
+var ErrNoSuchVM = fmt.Errorf("the host has no such VM: %w", fault.ErrNotFound)
+
+func errNoSuchVM(name string) error { return fmt.Errorf("VM %s: %w", name, ErrNoSuchVM) }

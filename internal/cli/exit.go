@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -114,6 +115,8 @@ func hints(err error, cmd *cobra.Command) []string {
 		out = append(out, `the image that was being backed up is damaged, and not the repository; look at it with "backstay image info" or "qemu-img check"`)
 	case errors.Is(err, images.ErrChanged):
 		out = append(out, "shut its VM down first, or back that up through its hypervisor as kvm:///system/NAME; no restore point was made")
+	case errors.Is(err, backup.ErrNoSuchVM):
+		out = append(out, `"backstay vm list" shows which VMs a host has, for example "backstay vm list kvm:///system"`)
 	case errors.Is(err, hypervisor.ErrNoDisk):
 		out = append(out, "leave out fewer disks with --exclude-disk: a restore point without one would protect nothing")
 	case errors.As(err, &u):
@@ -146,6 +149,8 @@ func hints(err error, cmd *cobra.Command) []string {
 		out = append(out, "say what it is with --format")
 	case errors.Is(err, fault.ErrUnsupported):
 		out = append(out, "a newer version of backstay may be able to")
+	case errors.Is(err, fs.ErrPermission):
+		out = append(out, "run it as a user who may do that, or change the permissions of what is named")
 	}
 	return out
 }

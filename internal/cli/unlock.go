@@ -87,6 +87,8 @@ func (a *app) openRepo(ctx context.Context) (*repo.Repository, error) {
 		if errors.Is(err, fault.ErrKey) {
 			err = withHint(fmt.Errorf("wrong passphrase, or no identity of this repository: %w", err),
 				"check --password-file, BACKSTAY_PASSWORD_FILE, BACKSTAY_PASSWORD or --identity-file; without a key nobody can read this repository")
+		} else if errors.Is(err, fault.ErrNotFound) {
+			err = withHint(err, "bring the objects keys/… back from a copy of the repository: without them nobody can read it")
 		}
 		return nil, fmt.Errorf("repository %s: %w", st, err)
 	}
@@ -127,13 +129,13 @@ func (a *app) key() (repo.Key, error) {
 	if path != "" {
 		data, err := a.readSecretFile(path)
 		if err != nil {
-			return k, fmt.Errorf("identity file: %w", err)
+			return k, withHint(fmt.Errorf("identity file: %w", err), "check --identity-file or BACKSTAY_IDENTITY_FILE")
 		}
 		k.Identities, err = age.ParseIdentities(bytes.NewReader(data))
 		clear(data)
 		if err != nil {
 			// The parser's text may quote the line it did not understand.
-			return k, fmt.Errorf("identity file %s: no age identities in it", path)
+			return k, withHint(fmt.Errorf("identity file %s: no age identities in it", path), "it must hold lines that begin with AGE-SECRET-KEY-1, as age-keygen writes them")
 		}
 	}
 	if path == "" || a.hasPassphrase() {
@@ -158,7 +160,7 @@ func (a *app) passphrase(prompt string) (secret.Bytes, error) {
 	if path != "" {
 		data, err := a.readSecretFile(path)
 		if err != nil {
-			return secret.Bytes{}, fmt.Errorf("password file: %w", err)
+			return secret.Bytes{}, withHint(fmt.Errorf("password file: %w", err), "check --password-file or BACKSTAY_PASSWORD_FILE")
 		}
 		return onePassphrase(data, path)
 	}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/vm"
 )
@@ -112,6 +113,9 @@ are; the next backup reads the whole VM and stores only what is new.`,
 				return errors.New("this kind of source has no change tracking")
 			}
 			if err := r.ResetTracking(ctx, s.vm, id); err != nil {
+				if errors.Is(err, fault.ErrNotFound) {
+					err = withHint(err, `run "backstay vm list %s" to see which VMs it has`, s.host)
+				}
 				return err
 			}
 			fmt.Fprintf(a.stdout, "%s: change tracking dropped; the next backup reads everything\n", s.vm)

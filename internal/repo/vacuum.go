@@ -99,6 +99,7 @@ type vacuum struct {
 	live     []int64 // bytes of live records, by pack
 	kept     []int64 // bytes of a pack of nothing but those, by pack
 	homeless int     // chunks that live and are in no pack
+	stuck    []bool  // packs with records that live and are in quarantine
 
 	dead, rewrite []uint32     // packs
 	fresh         []index.Pack // what was rewritten went here
@@ -263,7 +264,7 @@ func (v *vacuum) finishEarlier(ctx context.Context) error {
 // mark finds out which chunks live.
 func (v *vacuum) mark(ctx context.Context) error {
 	v.marks = v.h.table.NewMarks()
-	v.live, v.kept = make([]int64, len(v.h.packs)), make([]int64, len(v.h.packs))
+	v.live, v.kept, v.stuck = make([]int64, len(v.h.packs)), make([]int64, len(v.h.packs)), make([]bool, len(v.h.packs))
 	v.needs = needs{
 		r: v.r,
 		visit: func(id manifest.ID, f *manifest.File, i int) error {
@@ -294,8 +295,11 @@ func (v *vacuum) mark(ctx context.Context) error {
 // Check to say.
 func (v *vacuum) markOne(id chunk.ID) {
 	p, known, fresh := v.marks.Mark(index.KeyOf(id))
-	if !known || v.h.packs[p.Pack].state == packMissing {
+	switch {
+	case !known || v.h.packs[p.Pack].state == packMissing:
 		v.homeless++
+	case v.h.inQuarantine(v.h.packs[p.Pack].id, p.Off):
+		v.stuck[p.Pack] = true
 	}
 	if fresh {
 		e := pack.Entry{CLen: p.CLen}
@@ -314,7 +318,7 @@ func (v *vacuum) choose() {
 		damaged := p.state == packDamaged || v.h.quarantined(p.id)
 		switch {
 		case p.state == packMissing:
-		case damaged && v.homeless > 0:
+		case damaged && v.homeless > 0, v.stuck[i]:
 			v.report.KeptWasteBytes += max(0, waste)
 		case live == 0:
 			v.dead = append(v.dead, uint32(i))
@@ -423,9 +427,6 @@ func (v *vacuum) liveRecords(ctx context.Context, n uint32) (data []byte, live [
 	var bytes int64
 	for _, e := range good {
 		k := index.KeyOf(e.ID)
-		if v.h.inQuarantine(p.id, e.Off) {
-			continue // its checksum is right, and yet it cannot be opened
-		}
 		if at, ok := v.h.table.Lookup(k); ok && at.Pack == n && at.Off == e.Off && v.marks.Has(k) {
 			live = append(live, e)
 			bytes += e.Bytes()
