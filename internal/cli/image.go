@@ -16,6 +16,7 @@ import (
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/open"
+	"github.com/backstay/backstay/internal/image/ova"
 )
 
 func (a *app) imageCmd() *cobra.Command {
@@ -27,6 +28,7 @@ func (a *app) imageCmd() *cobra.Command {
 type imageInput struct {
 	format   string
 	snapshot string
+	disk     string
 	parents  bool
 	// parentDir is where parents may lie; empty for the image's own directory.
 	parentDir string
@@ -38,6 +40,7 @@ func (in *imageInput) flags(cmd *cobra.Command, what string) {
 	f := cmd.Flags()
 	f.StringVarP(&in.format, "format", "f", "", what+": "+formatHelp)
 	f.StringVar(&in.snapshot, "snapshot", "", "read this internal snapshot of a qcow2 image, by name or ID")
+	f.StringVar(&in.disk, "disk", "", "read this disk of an appliance (.ova) that has several, by number from 1, ID or file")
 	f.Var((*parentsFlag)(in), "parents", "open parents and data files that lie in or beneath the image's directory, or beneath DIR (extents of a VMDK right beside it are always opened)")
 	f.Lookup("parents").NoOptDefVal = "true"
 	completeWords(cmd, "format", readableWords())
@@ -84,7 +87,7 @@ func (in imageInput) open(path string, onlyTop bool) (image.Image, error) {
 }
 
 func (in imageInput) options(path string, onlyTop bool) (open.Options, error) {
-	o := open.Options{Snapshot: in.snapshot, OnlyTop: onlyTop}
+	o := open.Options{Snapshot: in.snapshot, Disk: in.disk, OnlyTop: onlyTop}
 	if in.format != "" {
 		o.Format = image.Format(in.format)
 		if !slices.Contains(open.Readable(), o.Format) {
@@ -109,6 +112,8 @@ func imageHint(err error, path string) error {
 		return err
 	case errors.As(err, &renamed):
 		return withHint(err, "%s has the identity that the parent %q must have (%s): if it is that image, give it the name back", renamed.File, renamed.Parent, renamed.Identity)
+	case errors.Is(err, ova.ErrWhichDisk):
+		return withHint(err, "name it with --disk")
 	case errors.Is(err, open.ErrFormat):
 		return withHint(err, "say what it is with --format")
 	case errors.Is(err, image.ErrNotAllowed):

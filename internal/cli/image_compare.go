@@ -39,7 +39,7 @@ func (a *app) compareImages(ctx context.Context, in imageInput, otherFormat, fir
 		return err
 	}
 	defer x.Close()
-	in.format, in.snapshot = otherFormat, ""
+	in.format, in.snapshot, in.disk = otherFormat, "", ""
 	y, err := in.open(second, false)
 	if err != nil {
 		return err

@@ -25,6 +25,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/ova"
 	"github.com/backstay/backstay/internal/image/qcow2"
 	"github.com/backstay/backstay/internal/image/raw"
 	"github.com/backstay/backstay/internal/image/vdi"
@@ -50,6 +51,9 @@ type Options struct {
 	OnlyTop bool
 	// Snapshot is the internal snapshot of a qcow2 image to read, by name or ID.
 	Snapshot string
+	// Disk is which disk of an appliance to read, if it has several: its
+	// number from 1, its ID or its file.
+	Disk string
 }
 
 // Open opens the image at path. Errors: ErrFormat; image.ErrNotAllowed for one
@@ -80,10 +84,20 @@ func open(f image.File, path string, o Options) (image.Image, error) {
 	opener := func(f image.File, format image.Format, parent image.OpenParent) (image.Image, error) {
 		return openAs(f, filepath.Dir(f.Name()), format, image.OpenOptions{Resolver: from(parents, f), Parent: parent}, seen)
 	}
-	img, err := openAs(f, filepath.Dir(path), format, image.OpenOptions{
+	oo := image.OpenOptions{
 		Resolver: from(parents, f), Parent: image.Parents(f, parents, opener),
 		OnlyTop: o.OnlyTop, Snapshot: o.Snapshot,
-	}, seen)
+	}
+	var img image.Image
+	var err error
+	switch {
+	case format == image.OVA:
+		img, err = openAppliance(f, o.Disk, oo)
+	case o.Disk != "":
+		err = fmt.Errorf("%s: disk %q: only an appliance (.ova) has several disks: %w", f.Name(), o.Disk, fault.ErrNotFound)
+	default:
+		img, err = openAs(f, filepath.Dir(path), format, oo, seen)
+	}
 	if err != nil {
 		return nil, renamed(err, path, format, o)
 	}
@@ -264,7 +278,7 @@ func byContent(f image.File) []image.Format {
 		format image.Format
 		probe  func(image.File) bool
 	}{
-		{image.Qcow2, probeQcow2}, {image.VHDX, vhdx.Probe}, {image.VMDK, vmdk.Probe}, {image.VHD, vhd.Probe}, {image.VDI, vdi.Probe},
+		{image.Qcow2, probeQcow2}, {image.VHDX, vhdx.Probe}, {image.VMDK, vmdk.Probe}, {image.VHD, vhd.Probe}, {image.VDI, vdi.Probe}, {image.OVA, ova.Probe},
 	} {
 		if c.probe(f) {
 			list = append(list, c.format)
@@ -295,6 +309,7 @@ var extensions = []struct {
 	{".vhdx", image.VHDX}, {".avhdx", image.VHDX},
 	{".vmdk", image.VMDK},
 	{".vdi", image.VDI},
+	{".ova", image.OVA},
 }
 
 // FormatByName goes by the extension of path; false for one that says nothing.
@@ -322,6 +337,8 @@ func Create(path string, f image.Format, o image.CreateOptions) (image.Writer, e
 		return asWriter(vhdx.Create(path, o))
 	case image.VMDK:
 		return vmdk.Create(path, o)
+	case image.OVA:
+		return ova.Create(path, o)
 	}
 	return nil, fmt.Errorf("format %q: %w", f, fault.ErrUnsupported)
 }

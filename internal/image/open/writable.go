@@ -45,6 +45,7 @@ var offers = []offer{
 		format: image.VMDK, minBlock: 4 << 10, maxBlock: 1 << 20, maxLevel: map[string]int{vmdk.StreamOptimized: 9},
 		variants: vmdk.Variants, layers: []string{"", vmdk.MonolithicSparse},
 	},
+	{format: image.OVA, maxLevel: map[string]int{"": 9}}, // always compressed
 }
 
 func offerOf(f image.Format) offer {
@@ -99,7 +100,7 @@ func CheckCreate(f image.Format, o image.CreateOptions) error {
 	}
 	switch {
 	case w.format == "":
-		return fmt.Errorf("format %q cannot be written: %w", f, ErrOption)
+		return fmt.Errorf("format %q cannot be written: take one of %v: %w", f, Formats(), ErrOption)
 	case o.Parent != "" && len(w.layers) == 0:
 		return refuse("parent", o.Parent)
 	case o.Variant != "" && !slices.Contains(variants, o.Variant):
