@@ -70,6 +70,9 @@ A guest is frozen for a moment through its agent, if it has one:
 	f.StringVar(&o.scratchDir, "scratch-dir", "", "directory on the host for what guests overwrite meanwhile (default /var/lib/libvirt/backstay)")
 	f.BoolVar(&o.freezeHook, "freeze-hook-configured", false, "the guests' agents run a freeze hook, also where the agent does not let that be seen")
 	f.Float64Var(&o.audit, "audit", backup.DefaultAudit*100, "percent of the chunks called unchanged that are re-read and compared; 0 for none")
+	completeWords(cmd, "consistency", []string{string(vm.RequireApplication), string(vm.PreferApplication), string(vm.Filesystem), string(vm.Crash)})
+	completeWords(cmd, "format", formatWords())
+	completeWords(cmd, "compression", []string{string(repo.LevelNone), string(repo.LevelFast), string(repo.LevelDefault), string(repo.LevelHigh)})
 	return cmd
 }
 
@@ -111,6 +114,9 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 		default:
 			vms = append(vms, s)
 		}
+	}
+	if len(files) == 0 && (o.format != "" || o.parents) {
+		return usage("--format and --parents are of image files, and none is named")
 	}
 	if o.vm != "" && (len(vms) > 1 || len(vms) == 1 && len(files) > 0) {
 		return usage("--vm names one VM, and the sources are several")
@@ -251,7 +257,11 @@ func (a *app) printResult(r backup.Result) {
 	}
 	fmt.Fprintf(a.stdout, ", %s\n", timeText(r.Duration))
 	for _, d := range p.Disks {
-		fmt.Fprintf(a.stdout, "  %s: %s\n", d.ID, diskText(d))
+		fmt.Fprintf(a.stdout, "  %s: %s", d.ID, diskText(d))
+		if a.verbose {
+			fmt.Fprintf(a.stdout, ", in %s%s", timeText(d.Stats.Duration), rateText(d.Stats.ReadBytes, d.Stats.Duration))
+		}
+		fmt.Fprintln(a.stdout)
 	}
 	for _, d := range p.Unprotected {
 		fmt.Fprintf(a.stdout, "  %s: NOT PROTECTED: %s\n", d.ID, d.Excluded)
@@ -313,8 +323,8 @@ func resultJSON(r backup.Result) backupJSON {
 
 func parseFormat(s string) (image.Format, error) {
 	switch f := image.Format(s); f {
-	case image.Raw, image.Qcow2, image.VHD, image.VHDX, image.VMDK:
+	case image.Raw, image.Qcow2, image.VHD, image.VHDX, image.VMDK, image.VDI, image.OVA:
 		return f, nil
 	}
-	return "", usage("unknown format %q: want raw, qcow2, vhd, vhdx or vmdk", s)
+	return "", usage("unknown format %q: want raw, qcow2, vhd, vhdx or vmdk; vdi and ova are only read", s)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,8 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor/kvm"
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/open"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/restore"
 	"github.com/backstay/backstay/internal/vm"
@@ -36,7 +39,8 @@ func (a *app) restoreCmd() *cobra.Command {
 		Long: `Bring a restore point back. POINT is VM/ID, or VM for its newest point.
 
 --to FILE makes one image; its format is the file's extension or --format.
---to DIR/ makes all disks in a directory, with the VM's definition beside them.
+--to DIR/ makes all disks in a directory, with the VM's definition beside them;
+with --disk it makes that one there, and leaves alone what else is there.
 --to kvm:///system/NAME makes a new VM of them, which never replaces one.
 
 The target appears when it is whole and durable, and never replaces anything
@@ -55,12 +59,46 @@ and if it is interrupted the same command completes it.`,
 	f.StringVar(&o.to, "to", "", "image file, directory or kvm:///system/NEWNAME (required)")
 	f.StringVar(&o.disk, "disk", "", "only this disk: its name (vda) or its number, counted from 0")
 	f.StringVar(&o.format, "format", "", "raw, qcow2, vhd, vhdx or vmdk (default: by the extension, or what the disk was)")
-	f.StringVar(&o.variant, "variant", "", "of the format: dynamic, fixed; monolithicSparse, monolithicFlat, streamOptimized")
+	f.StringVar(&o.variant, "variant", "", "of the format: "+variantHelp())
 	f.StringVar(&o.compression, "image-compression", "", "zlib or zstd, for a compressed qcow2")
 	f.BoolVar(&o.force, "force", false, "replace an existing target, once the restored one is whole")
 	f.BoolVar(&o.inPlace, "in-place", false, "write only the chunks that differ into an existing image")
 	f.BoolVar(&o.start, "start", false, "start the new VM")
+	completeWords(cmd, "format", formatWords())
+	var variants, compressions []string
+	for _, f := range open.Formats() {
+		variants = append(variants, open.Variants(f)...)
+		compressions = append(compressions, open.Compressions(f)...)
+	}
+	completeWords(cmd, "variant", variants)
+	completeWords(cmd, "image-compression", compressions)
 	return cmd
+}
+
+// check refuses what no image of format f can be, before anything is read. An
+// unknown f is still to be settled: then all flags must fit some format.
+func (o restoreOptions) check(f image.Format) error {
+	asked := image.CreateOptions{Variant: o.variant, Compression: o.compression}
+	if o.inPlace && asked != (image.CreateOptions{}) {
+		return usage("--variant and --image-compression are of a new image; --in-place keeps the one that is there")
+	}
+	if f != "" {
+		if err := open.CheckCreate(f, asked); err != nil {
+			return usageError{err}
+		}
+		return nil
+	}
+	if asked == (image.CreateOptions{}) {
+		return nil
+	}
+	var err error
+	for _, f := range open.Formats() {
+		if err = open.CheckCreate(f, asked); err == nil {
+			return nil
+		}
+	}
+	return usage("--variant %q and --image-compression %q fit no format: variants are %s; compressions are %s of qcow2",
+		o.variant, o.compression, variantHelp(), strings.Join(open.Compressions(image.Qcow2), ", "))
 }
 
 func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
@@ -78,6 +116,13 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 	opts.Variant, opts.Compression, opts.Force = o.variant, o.compression, o.force
 	dst, err := parseSource(o.to)
 	if err != nil {
+		return err
+	}
+	target := opts.Format
+	if target == "" && dst.scheme == "" && !isDirectory(o.to) {
+		target = restore.FormatOf(o.to)
+	}
+	if err := o.check(target); err != nil {
 		return err
 	}
 	switch {
@@ -108,18 +153,72 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 	if o.disk == "" && len(p.Disks) != 1 && opts.Format == "" && restore.FormatOf(o.to) != "" {
 		return usage("%s has %s: choose one with --disk, or give a directory as --to DIR/", p.Ref(), plural(int64(len(p.Disks)), "disk"))
 	}
+	if isDirectory(o.to) && o.inPlace {
+		return usage("--to %s is a directory: with --in-place name an image file", o.to)
+	}
+	if isDirectory(o.to) && o.disk != "" {
+		return a.restoreInto(ctx, from, p, o, opts, bar)
+	}
 	if isDirectory(o.to) || o.disk == "" && len(p.Disks) != 1 && !o.inPlace {
-		if o.disk != "" || o.inPlace {
-			return usage("--to %s is a directory: with --disk or --in-place name an image file", o.to)
-		}
 		res, err := restore.Directory(ctx, from, p, filepath.Clean(o.to), opts)
 		bar.end()
 		if err != nil {
-			return err
+			return restoreHint(err, o.to)
 		}
 		return a.reportRestore(res)
 	}
 	return a.restoreDisk(ctx, from, p, o, opts, bar)
+}
+
+// restoreInto restores one disk into a directory, which is made if it does not
+// exist, under the name that it would have beside the others.
+func (a *app) restoreInto(ctx context.Context, from restore.Repository, p *point.RestorePoint, o restoreOptions, opts restore.Options, bar *bar) error {
+	d, err := selectDisk(p, o.disk)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Clean(o.to)
+	name, format := restore.FileOf(p, d.ID, opts.Format)
+	opts.Format, o.to, o.disk = format, filepath.Join(dir, name), string(d.ID)
+	if err := o.check(format); err != nil {
+		return err
+	}
+	made := os.Mkdir(dir, 0o755) == nil
+	err = a.restoreDisk(ctx, from, p, o, opts, bar)
+	if err != nil && made {
+		os.Remove(dir) // it is empty
+	}
+	return err
+}
+
+// selectDisk is restore.Select with a hint.
+func selectDisk(p *point.RestorePoint, disk string) (point.Disk, error) {
+	d, err := restore.Select(p, disk)
+	if err == nil {
+		return d, nil
+	}
+	var names []string
+	for _, d := range p.Disks {
+		names = append(names, string(d.ID))
+	}
+	if len(names) == 0 {
+		return d, err
+	}
+	return d, withHint(err, "say --disk with one of: %s", strings.Join(names, ", "))
+}
+
+// restoreHint says what to do about a restore that failed because of its
+// target.
+func restoreHint(err error, to string) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, fault.ErrNoSpace):
+		return withHint(err, "free space for %s or choose another target; nothing half-made is left", to)
+	case errors.Is(err, fault.ErrReadOnly), errors.Is(err, fs.ErrPermission):
+		return withHint(err, "make %s writable for this user, or choose another target", to)
+	}
+	return err
 }
 
 // isDirectory says whether a target is meant to be a directory.
@@ -132,7 +231,7 @@ func isDirectory(to string) bool {
 }
 
 func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point.RestorePoint, o restoreOptions, opts restore.Options, bar *bar) error {
-	d, err := restore.Select(p, o.disk)
+	d, err := selectDisk(p, o.disk)
 	if err != nil {
 		return err
 	}
@@ -153,12 +252,17 @@ func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point
 	var res restore.Result
 	if o.inPlace {
 		if res, err = restore.InPlace(ctx, from, src, o.to, opts); err != nil {
-			if _, serr := os.Stat(restore.Marker(o.to)); serr == nil {
+			_, half := os.Stat(restore.Marker(o.to))
+			switch _, there := os.Stat(o.to); {
+			case half == nil:
 				err = withHint(err, "%s is half-done; run the same command again to complete it", o.to)
+			case errors.Is(there, fs.ErrNotExist):
+				err = withHint(err, "without --in-place a new image is made")
 			}
 		}
 	} else {
 		res, err = restore.Disk(ctx, src, o.to, opts)
+		err = restoreHint(err, o.to)
 	}
 	bar.end()
 	if err != nil {
@@ -198,6 +302,9 @@ func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.R
 	bar.end()
 	if errors.Is(err, fault.ErrExists) {
 		err = withHint(err, "choose another name: a restore never replaces a VM")
+	}
+	if errors.Is(err, fault.ErrNoSpace) {
+		err = withHint(err, "free space in the host's image directory, or restore to another place with --to DIR/; nothing half-made is left")
 	}
 	if err != nil {
 		return err

@@ -135,7 +135,7 @@ func (a *app) key() (repo.Key, error) {
 		clear(data)
 		if err != nil {
 			// The parser's text may quote the line it did not understand.
-			return k, withHint(fmt.Errorf("identity file %s: no age identities in it", path), "it must hold lines that begin with AGE-SECRET-KEY-1, as age-keygen writes them")
+			return k, withHint(fmt.Errorf("identity file %s: no age identities in it", path), "it must hold an identity as age-keygen writes it")
 		}
 	}
 	if path == "" || a.hasPassphrase() {
