@@ -61,6 +61,11 @@ type Stream struct {
 // usualLevel of compression is zlib's own default.
 const usualLevel = 6
 
+// ourLevel is the level of the compressor that we use by what people ask of
+// zlib: the one whose grains come closest to zlib's in size. On files of a
+// Linux system they are 1 to 2 percent longer, and cost half the time.
+var ourLevel = [...]int{1: 2, 3, 4, 5, 7, 7, 8, 8, 9}
+
 // A streamJob is a grain on its way.
 type streamJob struct {
 	index  int64
@@ -183,7 +188,7 @@ func (w *Stream) WriteAt(p []byte, off int64) (int, error) {
 
 // pack compresses grains until there are no more.
 func (w *Stream) pack() {
-	z, err := zlib.NewWriterLevel(io.Discard, w.level)
+	z, err := zlib.NewWriterLevel(io.Discard, ourLevel[w.level])
 	for j := range w.jobs {
 		j.packed.Reset()
 		j.err = err
