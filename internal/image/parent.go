@@ -17,6 +17,11 @@ type OpenParent func(name string, format Format) (Image, error)
 // MaxDepth is how many parents a chain may have.
 const MaxDepth = 200
 
+// maxTries is how many files may be opened in search of a chain's parents. A
+// layer has several names for its parent, of which each may lead to a whole
+// chain of the wrong identity: without a limit they multiply.
+const maxTries = 4 * MaxDepth
+
 // A RelativeResolver is a Resolver to which it matters in which file a name
 // stands: relative names begin at the file that holds them.
 type RelativeResolver interface {
@@ -29,15 +34,16 @@ type RelativeResolver interface {
 // to what r says is for that child if it is a RelativeResolver, and what that
 // gives goes to open, together with the OpenParent of that file; where open
 // returns an error, the file is closed here. A chain deeper than MaxDepth and
-// one that comes back to a file it holds already are refused as damage.
+// one that comes back to a file it holds already are refused as damage. An
+// OpenParent is for one image, and not safe for concurrent use.
 func Parents(top File, r Resolver, open func(f File, format Format, parent OpenParent) (Image, error)) OpenParent {
 	if r == nil {
 		r = None
 	}
-	return parents([]File{top}, r, open)
+	return parents([]File{top}, new(int), r, open)
 }
 
-func parents(chain []File, r Resolver, open func(File, Format, OpenParent) (Image, error)) OpenParent {
+func parents(chain []File, tries *int, r Resolver, open func(File, Format, OpenParent) (Image, error)) OpenParent {
 	return func(name string, format Format) (Image, error) {
 		child := chain[len(chain)-1]
 		if len(chain) > MaxDepth {
@@ -57,7 +63,11 @@ func parents(chain []File, r Resolver, open func(File, Format, OpenParent) (Imag
 				return nil, fault.Corrupt(child.Name(), -1, "its parent %q is in the chain already", name)
 			}
 		}
-		img, err := open(f, format, parents(append(chain[:len(chain):len(chain)], f), r, open))
+		if *tries++; *tries > maxTries {
+			f.Close()
+			return nil, fault.Corrupt(child.Name(), -1, "more than %d files were tried for the parents of the chain", maxTries)
+		}
+		img, err := open(f, format, parents(append(chain[:len(chain):len(chain)], f), tries, r, open))
 		if err != nil {
 			f.Close()
 			return nil, fmt.Errorf("parent %q: %w", name, err)

@@ -95,6 +95,34 @@ func TestHostileLoops(t *testing.T) {
 	}
 }
 
+// Every layer has two names for its parent, of which the first leads to a whole
+// chain of the wrong identity: 2^100 chains.
+func TestHostileChainsThatMultiply(t *testing.T) {
+	d := &files{m: map[string]memory{"x100": tiny(typeFixed), "y100": tiny(typeFixed)}}
+	for i := range 100 {
+		next := uuid{1, byte(i + 1)}
+		if i == 99 {
+			next = uuid{} // tiny's
+		}
+		for _, side := range []string{"x", "y"} {
+			id := uuid{1, byte(i)}
+			if side == "x" {
+				id[0] = 2
+			}
+			m := layerOf(id, next, "W2ru", fmt.Sprintf("x%d", i+1))
+			for j, r := range fmt.Sprintf("y%d", i+1) {
+				m[atHeader+65+2*j] = byte(r)
+			}
+			m.seal()
+			d.m[fmt.Sprint(side, i)] = m
+		}
+	}
+	err := imagetest.Hostile(t, func() (image.Image, error) { return d.open("y0") })
+	if !errors.Is(err, fault.ErrCorrupt) || len(d.asked) > 3000 {
+		t.Errorf("%d files were asked for: %v", len(d.asked), err)
+	}
+}
+
 // Whatever a locator says goes to the resolver, and nowhere else.
 func TestHostilePaths(t *testing.T) {
 	for _, name := range []string{

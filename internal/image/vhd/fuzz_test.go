@@ -117,7 +117,7 @@ func FuzzRoundTrip(f *testing.F) {
 			o.Parent, o.ParentInfo = "base.vhd", &info
 			parent = func(string, image.Format) (image.Image, error) { return openMemory(t, m), nil }
 		}
-		path := filepath.Join(t.TempDir(), "disk.vhd")
+		path := filepath.Join(imagetest.MemoryDir(t), "disk.vhd")
 		w, err := Create(path, o)
 		if err != nil {
 			t.Fatal(err)

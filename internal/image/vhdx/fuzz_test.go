@@ -227,7 +227,7 @@ func FuzzRoundTrip(f *testing.F) {
 			for i := range want {
 				want[i] = byte(i>>9) | 1
 			}
-			base := filepath.Join(t.TempDir(), "base.vhdx")
+			base := filepath.Join(imagetest.MemoryDir(t), "base.vhdx")
 			o.VirtualBytes = int64(len(want))
 			w, err := Create(base, o)
 			if err != nil {
@@ -247,7 +247,7 @@ func FuzzRoundTrip(f *testing.F) {
 			o.Parent, o.ParentInfo = "base.vhdx", &info
 			parent = func(string, image.Format) (image.Image, error) { return img, nil }
 		}
-		path := filepath.Join(t.TempDir(), "disk.vhdx")
+		path := filepath.Join(imagetest.MemoryDir(t), "disk.vhdx")
 		w, err := Create(path, o)
 		if err != nil {
 			t.Fatal(err)
