@@ -20,15 +20,17 @@ type space struct {
 	mu  sync.Mutex
 	end int64 // first byte that was never handed out, at a cluster
 
-	// Compressed clusters share room that was set aside for them.
+	// Compressed clusters share room that was set aside for them. Plain ones
+	// are handed out behind it meanwhile.
 	aside, asideEnd int64
+	spare, spareEnd int64 // what was set aside and not needed, whole clusters
 
 	counts  map[int64][]byte // open refcount blocks by number, as in the file
 	written []int64          // offsets of the closed blocks, 0 to len-1
 }
 
 const (
-	asideClusters    = 16
+	maxAside         = 64      // clusters
 	maxRefcountTable = 8 << 20 // bytes; QEMU opens no longer one
 )
 
@@ -69,8 +71,13 @@ func (s *space) clusters(n int64) (off int64, err error) {
 
 // take is clusters under the lock.
 func (s *space) take(n int64) (off int64, err error) {
-	off = s.end
-	s.end += n << s.bits
+	if n<<s.bits <= s.spareEnd-s.spare {
+		off = s.spare
+		s.spare += n << s.bits
+	} else {
+		off = s.end
+		s.end += n << s.bits
+	}
 	for i := range n {
 		if err := s.count(off>>s.bits + i); err != nil {
 			return 0, err
@@ -79,33 +86,71 @@ func (s *space) take(n int64) (off int64, err error) {
 	return off, s.closeBlocks()
 }
 
-// packed hands out room for compressed clusters of these lengths in bytes,
-// one behind the other.
-func (s *space) packed(lengths []int) (off int64, err error) {
-	var n int64
-	for _, l := range lengths {
-		n += int64(l)
-	}
+// packed hands out room for compressed clusters of these lengths in bytes and
+// puts their offsets into offs. Most are one behind the other.
+func (s *space) packed(lengths []int, offs []int64) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n > s.asideEnd-s.aside {
-		if s.asideEnd != s.end {
-			s.aside, s.asideEnd = s.end, s.end
-		}
-		more := (n - (s.asideEnd - s.aside) + s.cluster() - 1) >> s.bits
-		s.asideEnd += max(more, asideClusters) << s.bits
-		s.end = s.asideEnd
+	var left int64 // bytes of clusters that have no place yet
+	for i, l := range lengths {
+		left += int64(l)
+		offs[i] = -1
 	}
-	off = s.aside
-	for _, l := range lengths {
-		for c := s.aside >> s.bits; c <= (s.aside+int64(l)-1)>>s.bits; c++ {
-			if err := s.count(c); err != nil {
-				return 0, err
+	if s.asideEnd != s.end {
+		// What was set aside cannot grow. Its end is filled with what fits.
+		for i, l := range lengths {
+			if int64(l) <= s.asideEnd-s.aside {
+				left -= int64(l)
+				if err := s.place(l, &offs[i]); err != nil {
+					return err
+				}
 			}
 		}
-		s.aside += int64(l)
+		if left > 0 {
+			s.aside, s.asideEnd = s.end, s.end
+		}
 	}
-	return off, s.closeBlocks()
+	if need := left - (s.asideEnd - s.aside); need > 0 {
+		// The more is set aside at a time the fewer ends are lost, but what
+		// is not needed in the end must be little compared with the file.
+		n := max((need+s.cluster()-1)>>s.bits, min(s.end>>s.bits/128, maxAside))
+		s.asideEnd += n << s.bits
+		s.end = s.asideEnd
+	}
+	for i, l := range lengths {
+		if offs[i] < 0 {
+			if err := s.place(l, &offs[i]); err != nil {
+				return err
+			}
+		}
+	}
+	return s.closeBlocks()
+}
+
+// place gives a compressed cluster of l bytes the next room that is set aside.
+func (s *space) place(l int, off *int64) error {
+	*off = s.aside
+	s.aside += int64(l)
+	for c := *off >> s.bits; c <= (s.aside-1)>>s.bits; c++ {
+		if err := s.count(c); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// release ends the compressed clusters: what is set aside for them is there
+// for others.
+func (s *space) release() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	free := (s.aside + s.cluster() - 1) &^ (s.cluster() - 1)
+	if s.asideEnd == s.end {
+		s.end = free
+	} else {
+		s.spare, s.spareEnd = free, s.asideEnd
+	}
+	s.aside, s.asideEnd = 0, 0
 }
 
 // closeBlocks writes the blocks behind which all room has been handed out.
@@ -114,6 +159,9 @@ func (s *space) closeBlocks() error {
 		final := s.end
 		if s.aside < s.asideEnd {
 			final = s.aside
+		}
+		if s.spare < s.spareEnd {
+			final = s.spare
 		}
 		n := int64(len(s.written))
 		if final>>s.bits < (n+1)*s.perBlock() {
@@ -149,10 +197,6 @@ func (s *space) writeBlock(n, off int64) error {
 func (s *space) flush() (table, tableClusters int64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.asideEnd == s.end && s.aside < s.asideEnd {
-		s.end = (s.aside + s.cluster() - 1) &^ (s.cluster() - 1)
-	}
-	s.asideEnd = s.aside
 	// The blocks and the table count themselves, so their number is what no
 	// longer grows.
 	have := int64(len(s.written))

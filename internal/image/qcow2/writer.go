@@ -210,6 +210,7 @@ type batch struct {
 	packed  []byte
 	first   []int64 // number of the virtual cluster
 	lengths []int
+	offs    []int64
 	whole   []byte // a last, short cluster with zeros behind it
 }
 
@@ -262,21 +263,35 @@ func (w *Writer) writePacked(p []byte, off int64) error {
 	if err != nil || len(b.packed) == 0 {
 		return err
 	}
-	host, err := w.space.packed(b.lengths)
-	if err != nil {
+	b.offs = append(b.offs[:0], make([]int64, len(b.lengths))...)
+	if err := w.space.packed(b.lengths, b.offs); err != nil {
 		return err
 	}
-	if _, err := w.file.WriteAt(b.packed, host); err != nil {
-		return err
-	}
-	w.early.Grown(host + int64(len(b.packed)))
+	return w.writeBatch(b)
+}
+
+// writeBatch writes compressed clusters that have their places, and then
+// their entries.
+func (w *Writer) writeBatch(b *batch) error {
 	x := 62 - (w.bits - 8)
-	for i, n := range b.lengths {
-		sectors := (host+int64(n)-1)>>9 - host>>9
-		if err := w.tables.set(b.first[i], flagCompressed|uint64(sectors)<<x|uint64(host)); err != nil {
+	for rest, i := b.packed, 0; i < len(b.offs); {
+		first, end := i, b.offs[i]
+		for ; i < len(b.offs) && b.offs[i] == end; i++ {
+			end += int64(b.lengths[i])
+		}
+		n := end - b.offs[first]
+		if _, err := w.file.WriteAt(rest[:n], b.offs[first]); err != nil {
 			return err
 		}
-		host += int64(n)
+		w.early.Grown(end)
+		rest = rest[n:]
+		for j := first; j < i; j++ {
+			off, l := b.offs[j], int64(b.lengths[j])
+			sectors := (off+l-1)>>9 - off>>9
+			if err := w.tables.set(b.first[j], flagCompressed|uint64(sectors)<<x|uint64(off)); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }
@@ -304,6 +319,7 @@ func (w *Writer) Finish() error {
 }
 
 func (w *Writer) finish() error {
+	w.space.release()
 	l1, err := w.tables.flush()
 	if err != nil {
 		return err
