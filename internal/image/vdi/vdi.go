@@ -60,7 +60,7 @@ func OpenLayer(f image.File) (*Image, error) {
 	if h.kind != typeDifferencing && h.parent != (uuid{}) {
 		img.warnings = append(img.warnings, fmt.Sprintf("it names a parent, %s, though it is no differencing image; that was ignored", h.parent))
 	}
-	img.disk = layer.Disk{Name: f.Name(), File: f, Bytes: h.bytes, Map: img.mapBlocks}
+	img.disk = layer.Disk{Name: f.Name(), File: f, Bytes: h.bytes, Map: img.mapBlocks, Holes: h.kind == typeFixed}
 	return img, nil
 }
 
