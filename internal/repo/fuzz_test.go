@@ -41,6 +41,7 @@ func FuzzSmallObjects(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		for _, b := range [][]byte{data, mended(data)} {
 			parseConfig(b)
+			decodeQuarantine(quarantinePrefix+id, b)
 			full.decodeRecord(name, b)
 			keyless.decodeRecord(name, b)
 			other := mem.New()

@@ -130,9 +130,6 @@ func (r *Repository) load(ctx context.Context) (*holdings, error) {
 			h.planned[name] = true
 		}
 	}
-	if err := r.loadQuarantine(ctx, h); err != nil {
-		return nil, err
-	}
 	for o, err := range r.st.List(ctx, packPrefix) {
 		if err != nil {
 			return nil, err
@@ -141,6 +138,9 @@ func (r *Repository) load(ctx context.Context) (*holdings, error) {
 			h.byID[id] = uint32(len(h.packs))
 			h.packs = append(h.packs, heldPack{id: id, bytes: o.Bytes})
 		}
+	}
+	if err := r.loadQuarantine(ctx, h); err != nil {
+		return nil, err
 	}
 	indexed, err := r.loadIndexes(ctx, h)
 	if err != nil {

@@ -35,7 +35,7 @@ type quarantinePack struct {
 // offsets are those of records in a pack.
 type offsets map[uint32]bool
 
-// A quarantine is what all notes say together.
+// A quarantine is what all notes say together, of packs that are there.
 type quarantine struct {
 	packs map[[32]byte]offsets
 	notes map[string][][32]byte // the packs that each note names; none for one that cannot be read
@@ -94,8 +94,17 @@ func (r *Repository) loadQuarantine(ctx context.Context, h *holdings) error {
 		}
 		for _, p := range note.Packs {
 			id, _ := hexID(p.Pack) // decodeQuarantine refuses others
-			h.quarantine.add(id, p.Records...)
 			h.quarantine.notes[name] = append(h.quarantine.notes[name], id)
+			n, ok := h.byID[id]
+			if !ok {
+				continue
+			}
+			h.quarantine.add(id)
+			for _, off := range p.Records {
+				if int64(off) < h.packs[n].bytes {
+					h.quarantine.add(id, off)
+				}
+			}
 		}
 	}
 	return nil
