@@ -27,7 +27,7 @@ type backupOptions struct {
 	maxDelta    sizeFlag
 	parallel    int
 	audit       float64
-	parents     bool
+	parents     imageInput // as --parents says; nothing else of it
 	scratchDir  string
 	freezeHook  bool
 }
@@ -66,7 +66,8 @@ A guest is frozen for a moment through its agent, if it has one:
 	f.DurationVar(&o.freezeLimit, "freeze-limit", 2*time.Second, "thaw the guest after this, whatever happens")
 	f.Var(&o.maxDelta, "max-delta", "stop if the guest overwrites more than this while it is backed up; 0 for no bound")
 	f.IntVar(&o.parallel, "parallel", backup.DefaultVMs, "VMs backed up at once")
-	f.BoolVar(&o.parents, "parents", false, "open parents and data files of image files that lie in or beneath the image's directory")
+	f.Var((*parentsFlag)(&o.parents), "parents", "open parents and data files of image files that lie in or beneath the image's directory, or beneath DIR")
+	f.Lookup("parents").NoOptDefVal = "true"
 	f.StringVar(&o.scratchDir, "scratch-dir", "", "directory on the host for what guests overwrite meanwhile (default /var/lib/libvirt/backstay)")
 	f.BoolVar(&o.freezeHook, "freeze-hook-configured", false, "the guests' agents run a freeze hook, also where the agent does not let that be seen")
 	f.Float64Var(&o.audit, "audit", backup.DefaultAudit*100, "percent of the chunks called unchanged that are re-read and compared; 0 for none")
@@ -115,7 +116,7 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 			vms = append(vms, s)
 		}
 	}
-	if len(files) == 0 && (o.format != "" || o.parents) {
+	if len(files) == 0 && (o.format != "" || o.parents.parents) {
 		return usage("--format and --parents are of image files, and none is named")
 	}
 	if o.vm != "" && (len(vms) > 1 || len(vms) == 1 && len(files) > 0) {
@@ -125,7 +126,9 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 	for _, d := range o.exclude {
 		template.Exclude = append(template.Exclude, vm.DiskID(d))
 	}
-	jobs, err := a.imageJobs(template, files, imageInput{format: string(format), parents: o.parents})
+	in := o.parents
+	in.format = string(format)
+	jobs, err := a.imageJobs(template, files, in)
 	if err != nil {
 		return err
 	}
