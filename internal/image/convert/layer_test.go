@@ -110,6 +110,7 @@ func TestCopiedLayerShowsTheSameDisk(t *testing.T) {
 		{image.VHDX, image.VHDX, 512, image.CreateOptions{}, false},
 		{image.VHDX, image.VHDX, 512, image.CreateOptions{BlockBytes: 1 << 20}, false},
 		{image.VHDX, image.Qcow2, 512, image.CreateOptions{}, true},
+		{image.VMDK, image.VMDK, 64 << 10, image.CreateOptions{}, false},
 	} {
 		t.Run(fmt.Sprintf("%s to %s,%d,%s", c.from, c.to, c.o.BlockBytes, c.o.Compression), func(t *testing.T) {
 			s := makeStack(t, c.from, c.unit)

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -52,11 +53,14 @@ func chain(path string, o Options, visit func(path string, layer image.Image) er
 		parent image.OpenParent
 	}
 	openLayer := func(l layer, alone bool) (image.Image, error) {
-		io := image.OpenOptions{Resolver: from(parents, l.file), Parent: l.parent, OnlyTop: alone}
+		oo := image.OpenOptions{Resolver: from(parents, l.file), Parent: l.parent, OnlyTop: alone}
 		if len(opened) == 1 {
-			io.Snapshot = o.Snapshot
+			oo.Snapshot = o.Snapshot
 		}
-		return openAs(l.file, l.dir, l.format, io, seen)
+		if l.format == image.OVA {
+			return openAppliance(l.file, o.Disk, oo)
+		}
+		return openAs(l.file, l.dir, l.format, oo, seen)
 	}
 	var next *layer
 	hook := func(f image.File, format image.Format, parent image.OpenParent) (image.Image, error) {
@@ -139,14 +143,19 @@ func renamed(err error, path string, format image.Format, o Options) error {
 	}
 	o.Format = format
 	var last image.Info
-	if _, again := chain(path, o, func(_ string, layer image.Image) error {
+	var layers []string
+	if _, again := chain(path, o, func(path string, layer image.Image) error {
 		last = layer.Info()
+		layers = append(layers, filepath.Clean(path))
 		return nil
 	}); again == nil || last.Parent == "" {
 		return err
 	}
 	for _, id := range strings.Fields(last.FormatDetails["parent identity"]) {
-		if found := havingIdentity(o.ParentDir, last.ParentFormat, id); len(found) == 1 {
+		found := havingIdentity(o.ParentDir, last.ParentFormat, id)
+		// A VMDK has its parent's identity until it is first written to.
+		found = slices.DeleteFunc(found, func(path string) bool { return slices.Contains(layers, filepath.Clean(path)) })
+		if len(found) == 1 {
 			return &RenamedError{last.Parent, id, found[0], err}
 		}
 	}

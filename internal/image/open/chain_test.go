@@ -46,7 +46,7 @@ func layers(t *testing.T, dir, top string, o open.Options) ([]string, error) {
 }
 
 func TestChainShowsEveryLayer(t *testing.T) {
-	for _, f := range []image.Format{image.Qcow2, image.VHD, image.VHDX} {
+	for _, f := range []image.Format{image.Qcow2, image.VHD, image.VHDX, image.VMDK} {
 		t.Run(string(f), func(t *testing.T) {
 			dir := t.TempDir()
 			path := func(name string) string { return filepath.Join(dir, name+"."+string(f)) }
@@ -92,7 +92,7 @@ func TestChainShowsEveryLayer(t *testing.T) {
 }
 
 func TestChainWithTheWrongParent(t *testing.T) {
-	for _, f := range []image.Format{image.VHD, image.VHDX} {
+	for _, f := range []image.Format{image.VHD, image.VHDX, image.VMDK} {
 		dir := t.TempDir()
 		base, top, right := filepath.Join(dir, "base."+string(f)), filepath.Join(dir, "top."+string(f)), filepath.Join(dir, "kept."+string(f))
 		makeImage(t, base, f, image.CreateOptions{})

@@ -329,6 +329,9 @@ func (b *builder) describe() {
 		info.Parent = uuid
 	}
 	info.FormatDetails = map[string]string{}
+	if d.parentCID != noParent {
+		info.FormatDetails["parent identity"] = cidText(d.parentCID)
+	}
 	for label, key := range map[string]string{
 		"adapter": "ddb.adaptertype", "hardware version": "ddb.virtualhwversion",
 		"content id": "ddb.longcontentid", "uuid": "ddb.uuid", "change tracking file": "changetrackpath",
