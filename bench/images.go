@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -122,7 +121,8 @@ func (b *bench) convertPairs(ctx context.Context) error {
 	return b.fresh(nil, "qemu-img", "compare", "-q", "-f", "raw", "-F", last.qemu, b.disk, b.path("out"))()
 }
 
-// duel measures two tools that both write b.path("out"), in turn.
+// duel measures two tools that both write b.path("out"), in turn, and calls
+// their size after each run.
 func (b *bench) duel(ctx context.Context, ours, theirs tool) (x, y sample, err error) {
 	var xs, ys []sample
 	for range b.runs {
@@ -142,6 +142,9 @@ func (b *bench) duel(ctx context.Context, ours, theirs tool) (x, y sample, err e
 				return x, y, fmt.Errorf("%s: %w", c.name, err)
 			}
 			*c.samples = append(*c.samples, s)
+			if c.size != nil {
+				c.size()
+			}
 		}
 	}
 	return median(xs), median(ys), nil
@@ -163,19 +166,16 @@ func (b *bench) compress(ctx context.Context) error {
 	} {
 		out := b.path("out")
 		var sizes [2]int64
-		note := func(i int, args []string) error {
-			if err := b.fresh([]string{"out"}, args...)(); err != nil {
-				return err
+		note := func(i int) func() int64 {
+			return func() int64 {
+				sizes[i] = treeBytes(out)
+				return sizes[i]
 			}
-			sizes[i] = treeBytes(out)
-			return nil
 		}
 		ours := append([]string{b.exe, "image", "convert", "--quiet", "-f", "raw"}, append(c.ours, b.disk, out)...)
 		theirs := append([]string{"qemu-img", "convert", "-W", "-m", "4", "-f", "raw"}, append(c.qemu, b.disk, out)...)
-		if err := errors.Join(note(0, ours), note(1, theirs)); err != nil {
-			return err
-		}
-		x, y, err := b.duel(ctx, tool{name: "backstay", args: ours}, tool{name: "qemu-img", args: theirs})
+		x, y, err := b.duel(ctx, tool{name: "backstay", args: ours, size: note(0)},
+			tool{name: "qemu-img", args: theirs, size: note(1)})
 		if err != nil {
 			return err
 		}
