@@ -172,6 +172,16 @@ func recordHint(err error) string {
 	if len(unread) > 1 {
 		more = " (and so on)"
 	}
-	return fmt.Sprintf(`other restore points are not hit, and restore when named in full as VM/ID; bring rp/%s back from a copy, or give it up with "backstay point delete %s --force"%s`,
-		unread[0].Name, unread[0].Name, more)
+	return fmt.Sprintf(`other restore points are not hit, and restore when named in full as VM/ID; bring %s back from a copy, or give it up with "backstay point delete %s --force"%s`,
+		damagedOf(unread[0].Name, unread[0].Err), unread[0].Name, more)
+}
+
+// damagedOf is the object by whose damage a record cannot be read: itself, or
+// the outcome that says whether it counts.
+func damagedOf(record string, err error) string {
+	var ce *fault.CorruptError
+	if errors.As(err, &ce) && strings.Contains(ce.Object, "/") {
+		return ce.Object
+	}
+	return "rp/" + record
 }

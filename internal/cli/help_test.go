@@ -121,6 +121,7 @@ func TestHintsFollowTheCause(t *testing.T) {
 		{"a key", corrupt("keys/0123456789abcdef"), "copy of the repository"},
 		{"what a vacuum does", corrupt("outcome/01jd9x0000000000000000000000"), "repo vacuum"},
 		{"a record", &repo.RecordError{Name: "01jd9x0000000000000000000000-000000", Err: corrupt("rp/x")}, "point delete 01jd9x0000000000000000000000-000000 --force"},
+		{"a record's outcome", &repo.RecordError{Name: "01jd9x0000000000000000000000-000000", Err: corrupt("outcome/01jd9x0000000000000000000000")}, "bring outcome/01jd9x0000000000000000000000 back"},
 		{"the source", errors.Join(backup.ErrSource, corrupt("grain table")), "the image that was being backed up"},
 		{"a source that is written to", fmt.Errorf("x: %w", images.ErrChanged), "shut its VM down"},
 		{"no disk", hypervisor.ErrNoDisk, "--exclude-disk"},

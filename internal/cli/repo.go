@@ -209,7 +209,7 @@ func checkHint(rep repo.CheckReport) string {
 	hits := 0
 	for _, f := range rep.Findings {
 		if name, ok := strings.CutPrefix(f.Object, "rp/"); ok && errors.Is(f.Err, fault.ErrCorrupt) {
-			return fmt.Sprintf(`restore points that are not named here are whole; bring the damaged record back from a copy, or give it up with "backstay point delete %s --force"`, name)
+			return fmt.Sprintf(`restore points that are not named here are whole; bring %s back from a copy, or give the point up with "backstay point delete %s --force"`, damagedOf(name, f.Err), name)
 		}
 		hits += len(f.Hits)
 	}
