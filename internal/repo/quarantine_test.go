@@ -436,3 +436,51 @@ func TestADamagedOutcomeOfAVacuum(t *testing.T) {
 		t.Errorf("%+v, %v", rep, err)
 	}
 }
+
+// However far a vacuum got that replaces damaged packs, every point stays
+// whole, and a backup right after it builds on nothing that is damaged or goes.
+func TestReplacingDamagedPacksSurvivesCrash(t *testing.T) {
+	st := mem.New()
+	mustInit(t, st)
+	r := mustOpen(t, st)
+	a, b := disks()
+	h := &history{}
+	h.add(mustBackup(t, r, "web01", a, nil, nil), a)
+	h.add(mustBackup(t, r, "web02", b, nil, nil), b)
+	flipIn(t, st, largest(t, st), 5)
+	if rep, err := r.Check(bg, CheckOptions{ReadData: true}); err != nil || len(rep.Findings) != 1 {
+		t.Fatalf("%+v, %v", rep, err)
+	}
+	h.add(mustBackup(t, r, "web03", a, nil, nil), a)
+	for _, locks := range []bool{true, false} {
+		for n := 0; ; n++ {
+			disk := st.Clone()
+			var view blob.Store = disk
+			if !locks {
+				view = noLocks{disk}
+			}
+			r, err := OpenKeyless(bg, blobtest.CrashAfter(n, view))
+			if err != nil {
+				t.Fatal(err)
+			}
+			v, err := r.Vacuum(bg, VacuumOptions{})
+			mustBeWhole(t, view, h, h.points...)
+			next := mustBackup(t, mustOpen(t, view), "web04", b, nil, nil)
+			h.content[next.ID] = b
+			finish(t, view)
+			mustBeWhole(t, view, h, append(h.points[:len(h.points):len(h.points)], next)...)
+			if left := count(t, disk, quarantinePrefix); left != 0 {
+				t.Errorf("crash after %d: %d notes are left", n, left)
+			}
+			if err == nil {
+				if v.RewrittenPacks != 1 {
+					t.Errorf("%+v", v)
+				}
+				break // it needed only n writes
+			}
+			if n > 100 {
+				t.Fatal("it never ends")
+			}
+		}
+	}
+}
