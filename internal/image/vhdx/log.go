@@ -18,10 +18,11 @@ const (
 	entryHeader   = 64
 	logDescriptor = 32
 
-	// Windows and qemu make logs of 1 MiB. A longer one costs time to search,
-	// and more descriptors cost memory.
-	maxLog         = 256 * mib
-	maxDescriptors = 1 << 18
+	// Windows and qemu make logs of 1 MiB, in which no more descriptors find
+	// room. A longer log costs time to search, and more descriptors cost time
+	// and memory to sort.
+	maxLog         = 64 * mib
+	maxDescriptors = 1 << 15
 )
 
 // The log holds changes of 4 KiB pages, which its writer may not have made at
@@ -177,7 +178,7 @@ func (l *logReader) entry(at int64) (*entry, error) {
 		entryHeader+logDescriptor*int64(e.descriptors) <= e.bytes && e.flushed >= 0 && e.fileBytes >= 0 && e.fileBytes < 1<<62
 	if ok {
 		// Entries never overlap, and few stale ones do with newer ones.
-		if l.checked += e.bytes; l.checked > 4*l.header.logBytes+16*mib {
+		if l.checked += e.bytes; l.checked > 2*l.header.logBytes+16*mib {
 			return nil, fault.Corrupt(l.file.Name(), l.header.logOffset+at, "dirty log: its entries overlap too much")
 		}
 		sum, err := l.checksum(at, e.bytes)
@@ -233,11 +234,14 @@ func (l *logReader) changes(e *entry, list []piece) ([]piece, error) {
 	}
 	// Data sectors follow the sectors that hold the header and descriptors.
 	data := (entryHeader + logDescriptor*int64(e.descriptors) + logSector - 1) / logSector * logSector
+	const atOnce = 2048
 	for i := range e.descriptors {
-		var d [logDescriptor]byte
-		if err := l.read(d[:], e.at+entryHeader+logDescriptor*int64(i)); err != nil {
-			return nil, err
+		if i%atOnce == 0 {
+			if err := l.read(l.buf[:logDescriptor*min(atOnce, e.descriptors-i)], e.at+entryHeader+logDescriptor*int64(i)); err != nil {
+				return nil, err
+			}
 		}
+		d := l.buf[i%atOnce*logDescriptor:][:logDescriptor]
 		off := int64(binary.LittleEndian.Uint64(d[16:]))
 		if binary.LittleEndian.Uint64(d[24:]) != e.sequence || off < 0 || off%logSector != 0 {
 			return bad("descriptor %d of entry %d", i, e.sequence)

@@ -331,4 +331,17 @@ func TestHostileAmplification(t *testing.T) {
 	if err := imagetest.Hostile(t, func() (image.Image, error) { return OpenLayer(m) }); err != nil {
 		t.Errorf("30000 zeros: %v", err)
 	}
+	for range 3000 {
+		list = append(list, logChange{off: 1 << 40, bytes: 1 << 50})
+	}
+	m = append(slices.Clone(base), make([]byte, 2*mib)...) // a log that has room for more
+	for _, h := range []int64{header1, header2} {
+		m.put64(h+72, uint64(len(base)))
+		m.put32(h+68, 2*mib)
+	}
+	copy(m[len(base):], logEntry{at: 0, sequence: 1, fileBytes: 1 << 60, changes: list}.encode())
+	m.dirty()
+	if err := imagetest.Hostile(t, func() (image.Image, error) { return OpenLayer(m) }); !errors.Is(err, fault.ErrCorrupt) {
+		t.Errorf("33000 zeros: %v", err)
+	}
 }
