@@ -97,12 +97,10 @@ func readHeader(f image.File) (*header, error) {
 		return fault.Corrupt(f.Name(), off, format, args...)
 	}
 	// The header with its extensions and the backing file's name lies in the
-	// first cluster, of which the smallest is shorter than its longest name.
-	p := make([]byte, min(1<<maxClusterBits, max(f.Bytes(), 0)))
-	if n, err := f.ReadAt(p, 0); n < len(p) && err != io.EOF {
-		return nil, fmt.Errorf("%s: %w", f.Name(), err)
-	} else {
-		p = p[:n]
+	// first cluster, of which it says how long it is.
+	p, err := readStart(f, 1<<minClusterBits)
+	if err != nil {
+		return nil, err
 	}
 	if len(p) < headerBytesV2 || string(p[:4]) != magic {
 		return nil, bad(0, "no qcow2 header")
@@ -128,10 +126,14 @@ func readHeader(f image.File) (*header, error) {
 	if h.size < 0 {
 		return nil, bad(24, "virtual size %d", uint64(h.size))
 	}
-	p = p[:min(int64(len(p)), h.clusterBytes())]
+	if p, err = readStart(f, h.clusterBytes()); err != nil {
+		return nil, err
+	}
+	if len(p) < headerBytesV2 {
+		return nil, bad(0, "the file shrank while it was read")
+	}
 	length := uint32(headerBytesV2)
 	if h.version == 3 {
-		var err error
 		if length, err = h.readVersion3(f.Name(), p); err != nil {
 			return nil, err
 		}
@@ -147,13 +149,23 @@ func readHeader(f image.File) (*header, error) {
 		h.backing = string(p[off:][:n])
 		extensionsEnd = int(off)
 	}
-	err := h.readExtensions(f.Name(), p[:extensionsEnd], int(length))
+	err = h.readExtensions(f.Name(), p[:extensionsEnd], int(length))
 	// An extension may say what the features are called that we do not know;
 	// what else it says may mean anything.
 	if x := h.incompatible &^ incompatKnown; x != 0 {
 		return nil, fmt.Errorf("%s: qcow2 with %s: %w", f.Name(), h.names.list(featureIncompatible, x), fault.ErrUnsupported)
 	}
 	return h, err
+}
+
+// readStart gives the first n bytes of f, or as many as it has.
+func readStart(f image.File, n int64) ([]byte, error) {
+	p := make([]byte, min(n, max(f.Bytes(), 0)))
+	got, err := f.ReadAt(p, 0)
+	if got < len(p) && err != io.EOF {
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	return p[:got], nil
 }
 
 // cryptName is what people call an encryption method.
