@@ -39,7 +39,7 @@ const atHeader = footerBytes
 // blocks 0 and 7 are there.
 func file(t testing.TB, o image.CreateOptions) memory {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "small.vhd")
+	path := filepath.Join(imagetest.MemoryDir(t), "small.vhd")
 	o.VirtualBytes = 4 << 20
 	if o.Variant != "fixed" {
 		o.BlockBytes = 512 << 10

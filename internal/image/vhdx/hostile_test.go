@@ -83,7 +83,7 @@ const (
 // file is a small image in memory: dynamic, of 8 MiB, blocks 0 and 3 there.
 func file(t testing.TB, o image.CreateOptions) memory {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "small.vhdx")
+	path := filepath.Join(imagetest.MemoryDir(t), "small.vhdx")
 	o.VirtualBytes = 8 << 20
 	w, err := Create(path, o)
 	if err != nil {
