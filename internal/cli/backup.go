@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -60,7 +61,7 @@ A guest is frozen for a moment through its agent, if it has one:
 	f := cmd.Flags()
 	f.StringVar(&o.vm, "vm", "", "what to call the VM in the repository; image files become its disks")
 	f.StringVar(&o.consistency, "consistency", string(vm.PreferApplication), "require-application, prefer-application, filesystem or crash")
-	f.StringVar(&o.format, "format", "", "format of the image files: raw, qcow2, vhd, vhdx or vmdk (default: what they are)")
+	f.StringVar(&o.format, "format", "", "what the image files are: "+formatHelp)
 	f.StringVar(&o.level, "compression", "fast", "none, fast, default or high")
 	f.StringArrayVar(&o.exclude, "exclude-disk", nil, "leave out this disk of a VM (vdb); may be repeated")
 	f.DurationVar(&o.freezeLimit, "freeze-limit", 2*time.Second, "thaw the guest after this, whatever happens")
@@ -72,7 +73,7 @@ A guest is frozen for a moment through its agent, if it has one:
 	f.BoolVar(&o.freezeHook, "freeze-hook-configured", false, "the guests' agents run a freeze hook, also where the agent does not let that be seen")
 	f.Float64Var(&o.audit, "audit", backup.DefaultAudit*100, "percent of the chunks called unchanged that are re-read and compared; 0 for none")
 	completeWords(cmd, "consistency", []string{string(vm.RequireApplication), string(vm.PreferApplication), string(vm.Filesystem), string(vm.Crash)})
-	completeWords(cmd, "format", formatWords())
+	completeWords(cmd, "format", readableWords())
 	completeWords(cmd, "compression", []string{string(repo.LevelNone), string(repo.LevelFast), string(repo.LevelDefault), string(repo.LevelHigh)})
 	return cmd
 }
@@ -324,10 +325,11 @@ func resultJSON(r backup.Result) backupJSON {
 	return out
 }
 
+// parseFormat knows the formats that can be read; which can be written, too,
+// is for open.CheckCreate to say.
 func parseFormat(s string) (image.Format, error) {
-	switch f := image.Format(s); f {
-	case image.Raw, image.Qcow2, image.VHD, image.VHDX, image.VMDK, image.VDI, image.OVA:
-		return f, nil
+	if !slices.Contains(readableWords(), s) {
+		return "", usage("unknown format %q: want %s", s, oneOf(readableWords()))
 	}
-	return "", usage("unknown format %q: want raw, qcow2, vhd, vhdx or vmdk; vdi and ova are only read", s)
+	return image.Format(s), nil
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -58,7 +59,7 @@ and if it is interrupted the same command completes it.`,
 	f := cmd.Flags()
 	f.StringVar(&o.to, "to", "", "image file, directory or kvm:///system/NEWNAME (required)")
 	f.StringVar(&o.disk, "disk", "", "only this disk: its name (vda) or its number, counted from 0")
-	f.StringVar(&o.format, "format", "", "raw, qcow2, vhd, vhdx or vmdk (default: by the extension, or what the disk was)")
+	f.StringVar(&o.format, "format", "", oneOf(formatWords())+" (default: by the extension, or what the disk was)")
 	f.StringVar(&o.variant, "variant", "", "of the format: "+variantHelp())
 	f.StringVar(&o.compression, "image-compression", "", "zlib or zstd, for a compressed qcow2")
 	f.BoolVar(&o.force, "force", false, "replace an existing target, once the restored one is whole")
@@ -107,11 +108,10 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 	}
 	var opts restore.Options
 	if o.format != "" {
-		f, err := parseFormat(o.format)
-		if err != nil {
-			return err
+		if !slices.Contains(formatWords(), o.format) {
+			return usage("format %q cannot be written: want %s", o.format, oneOf(formatWords()))
 		}
-		opts.Format = f
+		opts.Format = image.Format(o.format)
 	}
 	opts.Variant, opts.Compression, opts.Force = o.variant, o.compression, o.force
 	dst, err := parseSource(o.to)
@@ -236,7 +236,7 @@ func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point
 		return err
 	}
 	if opts.Format == "" && !o.inPlace && restore.FormatOf(o.to) == "" {
-		return usage("%s: its extension names no format: say --format raw, qcow2, vhd, vhdx or vmdk", o.to)
+		return usage("%s: its extension names no format: say --format %s", o.to, oneOf(formatWords()))
 	}
 	if !o.inPlace {
 		// Say what is wrong with the target before the disk is looked up.
