@@ -60,10 +60,6 @@ func parseFooter(p []byte) (f footer, ok bool) {
 	if !bytes.HasPrefix(p, []byte(cookie)) || checksum(p, 64) != binary.BigEndian.Uint32(p[64:]) {
 		return f, false
 	}
-	return decodeFooter(p), true
-}
-
-func decodeFooter(p []byte) footer {
 	return footer{
 		features:       binary.BigEndian.Uint32(p[8:]),
 		dataOffset:     int64(binary.BigEndian.Uint64(p[16:])),
@@ -81,7 +77,7 @@ func decodeFooter(p []byte) footer {
 		kind:       binary.BigEndian.Uint32(p[60:]),
 		id:         uuid(p[68:84]),
 		savedState: p[84] != 0,
-	}
+	}, true
 }
 
 func (f footer) encode() []byte {
@@ -148,19 +144,6 @@ func findFooter(file image.File) (f footer, end int64, atEnd bool, err error) {
 		return f, 0, false, fault.Corrupt(file.Name(), -1, "no footer with a right checksum")
 	}
 	return f, 0, false, fmt.Errorf("%s is no VHD: no footer at its end or start: %w", file.Name(), fault.ErrCorrupt)
-}
-
-// editedFooter is the footer of a file both of whose footers have a wrong
-// checksum and are the same to the last byte. No damage does that, but people
-// do who edit identities.
-func editedFooter(file image.File) (f footer, end int64, ok bool) {
-	var p, q [footerBytes]byte
-	end = file.Bytes() - footerBytes
-	if end < footerBytes || layer.ReadFull(file, file.Name(), p[:], 0) != nil || layer.ReadFull(file, file.Name(), q[:], end) != nil {
-		return f, 0, false
-	}
-	f = decodeFooter(p[:])
-	return f, end, p == q && bytes.HasPrefix(p[:], []byte(cookie)) && f.kind != typeFixed
 }
 
 // virtualBytes is the size that the guest saw. Virtual PC and old qemu made

@@ -39,18 +39,20 @@ type locator struct {
 	off   int64
 }
 
-// readHeader reads the dynamic header at off. sealed is false if its checksum
-// is wrong.
-func readHeader(file image.File, off int64) (h header, sealed bool, err error) {
+// readHeader reads the dynamic header at off.
+func readHeader(file image.File, off int64) (h header, err error) {
 	var p [headerBytes]byte
 	if err := layer.ReadFull(file, file.Name(), p[:], off); err != nil {
-		return h, false, err
+		return h, err
 	}
-	bad := func(format string, args ...any) (header, bool, error) {
-		return h, false, fault.Corrupt(file.Name(), off, "dynamic header: "+format, args...)
+	bad := func(format string, args ...any) (header, error) {
+		return h, fault.Corrupt(file.Name(), off, "dynamic header: "+format, args...)
 	}
 	if !bytes.HasPrefix(p[:], []byte(headerCookie)) {
 		return bad("no %q", headerCookie)
+	}
+	if checksum(p[:], 36) != binary.BigEndian.Uint32(p[36:]) {
+		return bad("wrong checksum")
 	}
 	h = header{
 		tableOffset: int64(binary.BigEndian.Uint64(p[16:])),
@@ -77,7 +79,7 @@ func readHeader(file image.File, off int64) (h header, sealed bool, err error) {
 			off:   int64(binary.BigEndian.Uint64(e[16:])),
 		}
 	}
-	return h, checksum(p[:], 36) == binary.BigEndian.Uint32(p[36:]), nil
+	return h, nil
 }
 
 func (h header) encode() []byte {

@@ -65,17 +65,10 @@ func Open(f image.File, parent image.OpenParent) (*Image, error) {
 // hold is Absent and reads as zeros.
 func OpenLayer(f image.File) (*Image, error) {
 	ft, end, atEnd, err := findFooter(f)
-	edited := false
 	if err != nil {
-		if ft, end, edited = editedFooter(f); !edited {
-			return nil, err
-		}
-		atEnd = true
+		return nil, err
 	}
 	img := &Image{file: f, footer: ft, dataEnd: end, atEnd: atEnd}
-	if edited {
-		img.warnings = append(img.warnings, "both footers have the same wrong checksum: somebody edited them")
-	}
 	if !atEnd {
 		img.warnings = append(img.warnings, "the footer at the end is missing or damaged; its copy at the start was used")
 	}
@@ -91,7 +84,7 @@ func OpenLayer(f image.File) (*Image, error) {
 	case ft.kind == typeFixed:
 		img.disk.Map, img.disk.Holes = mapFixed, true
 	case ft.kind == typeDynamic || ft.kind == typeDifferencing:
-		if err := img.readTables(size, edited); err != nil {
+		if err := img.readTables(size); err != nil {
 			return nil, err
 		}
 	default:
@@ -102,14 +95,11 @@ func OpenLayer(f image.File) (*Image, error) {
 }
 
 // readTables reads what only a dynamic or differencing disk has.
-func (img *Image) readTables(size int64, edited bool) error {
+func (img *Image) readTables(size int64) error {
 	f, at := img.file, img.footer.dataOffset
-	h, sealed, err := readHeader(f, at)
+	h, err := readHeader(f, at)
 	if err != nil {
 		return err
-	}
-	if !sealed && !edited {
-		return fault.Corrupt(f.Name(), at, "dynamic header: wrong checksum")
 	}
 	need := size / h.blockBytes
 	if size%h.blockBytes > 0 {
