@@ -11,6 +11,7 @@ import (
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/image"
 )
 
 // The tables of a disk that is written in any order are kept in memory up to
@@ -32,6 +33,7 @@ type sparseExtent struct {
 	layout   sparseLayout
 	keep     int  // tables in memory
 	layer    bool // over a parent, which zeros must hide
+	early    *image.Writeback
 
 	mu     sync.Mutex
 	end    int64 // where the next grain goes
@@ -81,6 +83,7 @@ func newSparseExtent(f *os.File, capacity, grain, descriptor int64) (*sparseExte
 	w := &sparseExtent{
 		file: f, capacity: capacity, grain: grain, keep: maxTablesKept,
 		layout: newSparseLayout(capacity, grain, descriptor), tables: map[int64][]byte{},
+		early: image.NewWriteback(f),
 	}
 	w.end = w.layout.grains
 	if w.end > maxSparseFile/2 {
@@ -158,6 +161,7 @@ func (w *sparseExtent) writeGrains(p []byte, off int64) error {
 	if _, err := w.file.WriteAt(p, where); err != nil {
 		return w.fail(err)
 	}
+	w.early.Grown(where + int64(len(p)))
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for i := range count {

@@ -51,6 +51,7 @@ type Stream struct {
 
 	// Of the goroutine that writes, and of End after it has ended:
 	out       *bufio.Writer
+	early     *image.Writeback
 	at        int64  // where out is in the stream
 	grains    int64  // written
 	table     []byte // of those since the last table
@@ -111,6 +112,7 @@ func NewStream(file *os.File, base int64, name string, o image.CreateOptions, su
 		ended:     make(chan struct{}),
 		at:        streamOverhead,
 		tableN:    -1,
+		early:     image.NewWriteback(file),
 		directory: make([]byte, ceilDiv(ceilDiv(capacity, usualGrain), entriesPerTable)*4),
 	}
 	copy(w.head, w.header().encode())
@@ -255,6 +257,7 @@ func (w *Stream) put(parts ...[]byte) error {
 	rest := -n & (sector - 1)
 	_, err := w.out.Write(pad[:rest])
 	w.at += int64(n + rest)
+	w.early.Grown(w.base + w.at)
 	return err
 }
 
