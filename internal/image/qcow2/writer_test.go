@@ -155,7 +155,7 @@ func TestOverlay(t *testing.T) {
 func TestOverlaysOfAllSizes(t *testing.T) {
 	imagetest.Tool(t, "qemu-img")
 	for _, compression := range []string{"", "zlib", "zstd"} {
-		for cluster := int64(512); cluster <= 2<<20; cluster *= 8 {
+		for cluster := int64(512); cluster <= 2<<20; cluster *= 16 {
 			t.Run(fmt.Sprintf("%s %d", compression, cluster), func(t *testing.T) {
 				dir := t.TempDir()
 				const size = 5<<20 + 512*5
@@ -180,7 +180,6 @@ func TestOverlaysOfAllSizes(t *testing.T) {
 				}
 				imagetest.Qemu(t, "check", "-f", "qcow2", path)
 				imagetest.Reader(t, mustOpen(t, path), bytes.NewReader(want))
-				imagetest.Reader(t, mustOpen(t, path), imagetest.QemuRaw(t, path, "qcow2"))
 				got := make([]byte, size)
 				imagetest.QemuRaw(t, path, "qcow2").ReadAt(got, 0)
 				if !bytes.Equal(got, want) {
