@@ -337,6 +337,43 @@ func TestHostileDescriptors(t *testing.T) {
 	}
 }
 
+// A stream without a directory is walked marker by marker. A descriptor that
+// names it for each of its extents must not have it walked each time.
+func TestOneFileForManyExtents(t *testing.T) {
+	p := made(t, image.CreateOptions{Variant: vmdk.StreamOptimized})
+	p = append(p, make([]byte, 5000)...) // its footer is not where it should be
+	var text strings.Builder
+	text.WriteString("# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\n")
+	for range 20000 {
+		text.WriteString("RW 128 SPARSE \"x\"\n")
+	}
+	f := &countingFile{File: imagetest.Bytes("x", p)}
+	if err := imagetest.Hostile(t, func() (image.Image, error) {
+		d, err := vmdk.Open(imagetest.Bytes("many.vmdk", []byte(text.String())), image.OpenOptions{Resolver: f})
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if f.reads > 5000 {
+		t.Errorf("the file is read %d times", f.reads)
+	}
+}
+
+// A countingFile is the one file that there is.
+type countingFile struct {
+	image.File
+	reads int
+}
+
+func (f *countingFile) Resolve(string) (image.File, error) { return f, nil }
+func (f *countingFile) ReadAt(p []byte, off int64) (int, error) {
+	f.reads++
+	return f.File.ReadAt(p, off)
+}
+
 // A snapshot of itself, or of one that is a snapshot of it, ends by itself.
 func TestChainThatComesBack(t *testing.T) {
 	dir := t.TempDir()

@@ -68,7 +68,7 @@ func Open(f image.File, o image.OpenOptions) (*Disk, error) {
 	if o.Resolver == nil {
 		o.Resolver = image.None
 	}
-	b := &builder{f: f, o: o, byName: map[string]image.File{}}
+	b := &builder{f: f, o: o, byName: map[string]image.File{}, sparse: map[string]*sparse{}}
 	if err := b.open(); err != nil {
 		var errs []error
 		for _, file := range b.opened {
@@ -88,6 +88,7 @@ type builder struct {
 	desc   *descriptor
 	byName map[string]image.File
 	opened []image.File
+	sparse map[string]*sparse // extents by kind and name
 }
 
 func (b *builder) open() error {
@@ -157,6 +158,7 @@ func (b *builder) openMonolithic(head []byte) error {
 	if err != nil {
 		return err
 	}
+	s.ready(1)
 	if n := len(b.desc.extents); n > 1 {
 		return fault.Corrupt(name, h.descOffset, "%d extents in a descriptor that lies in the only one", n)
 	}
@@ -243,11 +245,32 @@ func (b *builder) resolve(name string) (image.File, error) {
 
 // openExtent makes the layer of one line of a descriptor file.
 func (b *builder) openExtent(f image.File, e extentLine) (layer, error) {
-	var s *sparse
-	var err error
-	switch e.kind {
-	case "FLAT", "VMFS":
+	if e.kind == "FLAT" || e.kind == "VMFS" {
 		return newFlat(f, e)
+	}
+	key := e.kind + " " + e.name
+	s := b.sparse[key]
+	if s == nil {
+		var err error
+		if s, err = b.openSparseExtent(f, e.kind); err != nil {
+			return nil, err
+		}
+		s.ready(len(b.desc.extents))
+		b.sparse[key] = s
+	}
+	if s.capacity < e.bytes {
+		return nil, fault.Corrupt(f.Name(), -1, "an extent of %d bytes, and the descriptor says %d", s.capacity, e.bytes)
+	}
+	if b.d.info.BlockBytes == 0 {
+		b.d.info.BlockBytes = s.grain
+	}
+	return s, nil
+}
+
+// openSparseExtent makes the layer of a file that holds an extent of that
+// kind. A descriptor that names it a thousand times makes it once.
+func (b *builder) openSparseExtent(f image.File, kind string) (s *sparse, err error) {
+	switch kind {
 	case "SESPARSE":
 		s, err = openSESparse(f)
 	case "SPARSE", "VMFSSPARSE":
@@ -264,19 +287,9 @@ func (b *builder) openExtent(f image.File, e extentLine) (layer, error) {
 			s, err = b.openSparse(f, h)
 		}
 	default:
-		return nil, fmt.Errorf("%s: an extent of type %q: %w", b.f.Name(), e.kind, fault.ErrUnsupported)
+		err = fmt.Errorf("%s: an extent of type %q: %w", b.f.Name(), kind, fault.ErrUnsupported)
 	}
-	if err != nil {
-		return nil, err
-	}
-	if s.capacity < e.bytes {
-		return nil, fault.Corrupt(f.Name(), -1, "an extent of %d bytes, and the descriptor says %d", s.capacity, e.bytes)
-	}
-	s.ready(len(b.desc.extents))
-	if b.d.info.BlockBytes == 0 {
-		b.d.info.BlockBytes = s.grain
-	}
-	return s, nil
+	return s, err
 }
 
 // openSparse makes a layer of a hosted sparse extent.
@@ -292,7 +305,6 @@ func (b *builder) openSparse(f image.File, h header) (s *sparse, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s.ready(1)
 	info := &b.d.info
 	info.Version, info.BlockBytes = int(h.version), h.grain
 	if h.compressed() {

@@ -27,6 +27,8 @@ const (
 // which take 32 MiB of memory and are 256 GiB of disk.
 const maxScanned = 4 << 20
 
+const scanWindow = 4 << 10 // bytes of a stream that scan reads at a time
+
 // openStream makes a layer of an extent whose header leaves the directory's
 // place to a footer. Where the end of the file has no footer, because
 // something was appended, or the writer wrote none, the stream is read marker
@@ -86,16 +88,22 @@ type scanned struct {
 // grains otherwise.
 func scan(f image.File, h header) (header, []scanned, error) {
 	var grains []scanned
-	var m [sector]byte
+	var buf [scanWindow]byte
+	var window []byte // of the file at windowOff: markers may follow each other closely
+	var windowOff int64
 	off := h.overhead
 	for {
 		if off > f.Bytes()-sector {
 			return h, nil, fault.Corrupt(f.Name(), off, "the stream is truncated: it breaks off before its end marker")
 		}
-		if err := readFull(f, m[:], off); err != nil {
-			return h, nil, err
+		if off < windowOff || off+sector > windowOff+int64(len(window)) {
+			window, windowOff = buf[:min(scanWindow, f.Bytes()-off)], off
+			if err := readFull(f, window, off); err != nil {
+				return h, nil, err
+			}
 		}
-		value, size := binary.LittleEndian.Uint64(m[:]), int64(binary.LittleEndian.Uint32(m[8:]))
+		m := window[off-windowOff:]
+		value, size := binary.LittleEndian.Uint64(m), int64(binary.LittleEndian.Uint32(m[8:]))
 		if size != 0 {
 			if size > 2*h.grain+4096 || value%uint64(h.grain/sector) != 0 || value >= uint64(h.capacity/sector) {
 				return h, nil, fault.Corrupt(f.Name(), off, "no marker of the stream: sector %d, %d bytes", value, size)
