@@ -36,7 +36,8 @@ const (
 // Writer writes a fixed, dynamic or differencing VHD, from any number of
 // goroutines in any order.
 type Writer struct {
-	file *layer.Output
+	file  *layer.Output
+	early *image.Writeback
 
 	limit  int64 // what WriteAt takes: the virtual size as it was asked for
 	footer footer
@@ -86,7 +87,7 @@ func newWriter(f *layer.Output, o image.CreateOptions) (*Writer, error) {
 		return nil, fmt.Errorf("a VHD holds at most 2040 GiB, and the disk has %d bytes: VHDX holds it", o.VirtualBytes)
 	}
 	size := (o.VirtualBytes + sectorBytes - 1) / sectorBytes * sectorBytes
-	w := &Writer{file: f, limit: o.VirtualBytes, footer: footer{
+	w := &Writer{file: f, early: image.NewWriteback(f.File), limit: o.VirtualBytes, footer: footer{
 		features: 2, dataOffset: -1,
 		stamp:   uint32(time.Since(epoch) / time.Second),
 		creator: creator, creatorVersion: creatorVersion, creatorOS: creatorOS,
@@ -193,6 +194,7 @@ func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 			if n, err := w.file.WriteAt(part, at); err != nil {
 				return done + n, err
 			}
+			w.early.Grown(at + int64(len(part)))
 		}
 		done += len(part)
 	}

@@ -28,6 +28,7 @@ const (
 // goroutines in any order.
 type Writer struct {
 	file     *layer.Output
+	early    *image.Writeback
 	warnings []string
 
 	limit int64 // what WriteAt takes: the virtual size as it was asked for
@@ -103,7 +104,7 @@ func newWriter(f *layer.Output, o image.CreateOptions) (*Writer, error) {
 	if m.differencing && o.ParentInfo.VirtualBytes != m.diskBytes {
 		return nil, fmt.Errorf("a VHDX of %d bytes over a parent of %d", m.diskBytes, o.ParentInfo.VirtualBytes)
 	}
-	w := &Writer{file: f, limit: o.VirtualBytes, meta: m, ratio: chunkRatio(m)}
+	w := &Writer{file: f, early: image.NewWriteback(f.File), limit: o.VirtualBytes, meta: m, ratio: chunkRatio(m)}
 	w.first = tableOffset + w.tableBytes()
 	w.end = w.first
 	blocks := w.blocks()
@@ -179,9 +180,11 @@ func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 			w.mark(at, int64(len(part)))
 		}
 		if !zero {
-			if n, err := w.file.WriteAt(part, w.locate(at)); err != nil {
+			where := w.locate(at)
+			if n, err := w.file.WriteAt(part, where); err != nil {
 				return done + n, err
 			}
+			w.early.Grown(where + int64(len(part)))
 		}
 		done += len(part)
 	}
