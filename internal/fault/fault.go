@@ -39,6 +39,10 @@ var (
 	// ErrReadOnly is the class of a store or file that cannot be written.
 	ErrReadOnly = errors.New("read-only")
 
+	// ErrDenied is the class of everything that whoever we are signed in as may
+	// not do, and of a sign-in that was refused.
+	ErrDenied = errors.New("access denied")
+
 	// ErrFenced says that this session was revoked while it ran. What it
 	// stored is garbage or reusable; nothing of it was committed, and it may
 	// simply be repeated.
