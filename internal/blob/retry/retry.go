@@ -225,7 +225,8 @@ func (s *store) holds(ctx context.Context, name string, body io.ReaderAt, size i
 	return true, nil
 }
 
-// ReadAt implements blob.Store. A read that broke off goes on where it was.
+// ReadAt implements blob.Store. A read that broke off begins again: the object
+// may have been replaced, and half of each is neither.
 func (s *store) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
 	if err := blob.CheckName(name); err != nil {
 		return 0, err
@@ -233,13 +234,12 @@ func (s *store) ReadAt(ctx context.Context, name string, p []byte, off int64) (i
 	if off < 0 {
 		return 0, fmt.Errorf("%s: offset %d", name, off)
 	}
-	done := 0
-	err := s.do(ctx, "read", name, func(int) error {
-		n, err := s.Store.ReadAt(ctx, name, p[done:], off+int64(done))
-		done += n
+	var n int
+	err := s.do(ctx, "read", name, func(int) (err error) {
+		n, err = s.Store.ReadAt(ctx, name, p, off)
 		return err
 	})
-	return done, err
+	return n, err
 }
 
 // Size implements blob.Store.

@@ -1,0 +1,277 @@
+// Package s3 is a store in a bucket of an S3-compatible object storage.
+//
+// What the promises of blob.Store rest on there: a PUT is atomic, an object
+// and its place in listings are visible when the PUT has returned, and
+// If-None-Match: * lets one of several creators win. Probe tries all of that,
+// because some storages take the header and ignore it.
+package s3
+
+import (
+	"context"
+	"crypto/md5"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/minio/minio-go/v7"
+
+	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/fault"
+)
+
+// A Store is a blob.Store. It makes one request for a call and tries nothing
+// again: that is blob/retry's, which belongs around it.
+type Store struct {
+	client minio.Core
+	at     Location
+}
+
+var _ blob.Store = (*Store)(nil)
+
+// key is the object's key in the bucket.
+func (s *Store) key(name string) (string, error) {
+	if err := blob.CheckName(name); err != nil {
+		return "", err
+	}
+	return s.at.prefix() + name, nil
+}
+
+// Put implements blob.Store, by one PUT with Content-MD5, which every storage
+// checks; the newer checksums are not known to all.
+func (s *Store) Put(ctx context.Context, name string, body io.ReaderAt, size int64) error {
+	return s.put(ctx, name, body, size, minio.PutObjectOptions{})
+}
+
+// Create implements blob.Store, by a PUT that is conditional on there being no
+// such object.
+func (s *Store) Create(ctx context.Context, name string, body io.ReaderAt, size int64) error {
+	var o minio.PutObjectOptions
+	o.SetMatchETagExcept("*")
+	return s.put(ctx, name, body, size, o)
+}
+
+func (s *Store) put(ctx context.Context, name string, body io.ReaderAt, size int64, o minio.PutObjectOptions) error {
+	key, err := s.key(name)
+	if err != nil {
+		return err
+	}
+	if size < 0 {
+		return fmt.Errorf("%s: size %d", name, size)
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	sum := md5.New()
+	switch n, err := io.Copy(sum, io.NewSectionReader(body, 0, size)); {
+	case err != nil:
+		return fmt.Errorf("%s: body: %w", name, err)
+	case n < size:
+		return fmt.Errorf("%s: body: %w", name, io.ErrUnexpectedEOF)
+	}
+	o.DisableMultipart = true
+	o.DisableContentSha256 = true // Content-MD5 covers the bytes, and the signature covers Content-MD5
+	o.ContentType = "application/octet-stream"
+	_, err = s.client.PutObject(ctx, s.at.Bucket, key, io.NewSectionReader(body, 0, size), size, base64.StdEncoding.EncodeToString(sum.Sum(nil)), "", o)
+	return s.classify(ctx, name, err)
+}
+
+// ReadAt implements blob.Store, by one GET of that range.
+func (s *Store) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
+	key, err := s.key(name)
+	if err != nil {
+		return 0, err
+	}
+	if off < 0 {
+		return 0, fmt.Errorf("%s: offset %d", name, off)
+	}
+	if len(p) == 0 {
+		_, err := s.Size(ctx, name)
+		return 0, err
+	}
+	var o minio.GetObjectOptions
+	if err := o.SetRange(off, off+int64(len(p))-1); err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	body, info, header, err := s.client.GetObject(ctx, s.at.Bucket, key, o)
+	if err != nil {
+		if reply := minio.ToErrorResponse(err); reply.Code == minio.InvalidRange || reply.StatusCode == http.StatusRequestedRangeNotSatisfiable {
+			return 0, io.EOF
+		}
+		return 0, s.classify(ctx, name, err)
+	}
+	defer body.Close()
+	want, atEnd, err := answered(header, info.Size, off, int64(len(p)))
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	n, err := io.ReadFull(body, p[:want])
+	switch {
+	case err != nil:
+		if ctx.Err() != nil {
+			return n, context.Cause(ctx)
+		}
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return n, fmt.Errorf("%s: the answer broke off: %w", name, err)
+	case atEnd && n < len(p):
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+// answered says how many bytes of [off, off+length) an answer holds and
+// whether the object ends with them. A server may ignore a range; taking its
+// answer for the range would be silently wrong.
+func answered(h http.Header, size, off, length int64) (n int64, atEnd bool, err error) {
+	r := h.Get("Content-Range")
+	if r == "" {
+		if off > 0 && size > 0 {
+			return 0, false, errors.New("the server ignores ranges")
+		}
+		// The whole object, of which the beginning was asked.
+		return min(length, size), size <= length, nil
+	}
+	first, last, total, ok := parseRange(r)
+	if !ok || first != off || last < first || last >= off+length || total <= last || size >= 0 && size != last-first+1 {
+		return 0, false, fmt.Errorf("the server answered with range %q to %d-%d", r, off, off+length-1)
+	}
+	n = last - first + 1
+	if n < length && last != total-1 {
+		return 0, false, fmt.Errorf("the server answered with less than the range %d-%d: %q", off, off+length-1, r)
+	}
+	return n, last == total-1, nil
+}
+
+// parseRange reads "bytes 5-9/100".
+func parseRange(s string) (first, last, total int64, ok bool) {
+	s, found := strings.CutPrefix(s, "bytes ")
+	span, all, slash := strings.Cut(s, "/")
+	a, b, dash := strings.Cut(span, "-")
+	if !found || !slash || !dash {
+		return 0, 0, 0, false
+	}
+	first, err1 := strconv.ParseInt(a, 10, 64)
+	last, err2 := strconv.ParseInt(b, 10, 64)
+	total, err3 := strconv.ParseInt(all, 10, 64)
+	return first, last, total, err1 == nil && err2 == nil && err3 == nil
+}
+
+// Size implements blob.Store.
+func (s *Store) Size(ctx context.Context, name string) (int64, error) {
+	key, err := s.key(name)
+	if err != nil {
+		return 0, err
+	}
+	info, err := s.client.StatObject(ctx, s.at.Bucket, key, minio.StatObjectOptions{})
+	if err != nil {
+		return 0, s.classify(ctx, name, err)
+	}
+	return info.Size, nil
+}
+
+// List implements blob.Store. Objects whose names are none of ours are left
+// out: a bucket may be shared.
+func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[blob.Object, error] {
+	return func(yield func(blob.Object, error) bool) {
+		if ctx.Err() != nil {
+			yield(blob.Object{}, context.Cause(ctx))
+			return
+		}
+		at := s.at.prefix()
+		last := ""
+		for o := range s.client.ListObjectsIter(ctx, s.at.Bucket, minio.ListObjectsOptions{Prefix: at + prefix, Recursive: true}) {
+			if o.Err != nil {
+				yield(blob.Object{}, s.classify(ctx, "list "+prefix, o.Err))
+				return
+			}
+			name, ok := strings.CutPrefix(o.Key, at)
+			if !ok || !strings.HasPrefix(name, prefix) {
+				yield(blob.Object{}, fmt.Errorf("list %s: the server listed %q, which was not asked for", prefix, o.Key))
+				return
+			}
+			if blob.CheckName(name) != nil {
+				continue
+			}
+			if name <= last {
+				yield(blob.Object{}, fmt.Errorf("list %s: the server listed %q after %q: %w", prefix, name, last, fault.ErrUnsupported))
+				return
+			}
+			last = name
+			if !yield(blob.Object{Name: name, Bytes: o.Size}, nil) {
+				return
+			}
+		}
+		if ctx.Err() != nil {
+			yield(blob.Object{}, context.Cause(ctx))
+		}
+	}
+}
+
+// Delete implements blob.Store.
+func (s *Store) Delete(ctx context.Context, name string) error {
+	key, err := s.key(name)
+	if err != nil {
+		return err
+	}
+	err = s.classify(ctx, name, s.client.RemoveObject(ctx, s.at.Bucket, key, minio.RemoveObjectOptions{}))
+	if errors.Is(err, fault.ErrNotFound) && !errors.Is(err, errNoBucket) {
+		return nil
+	}
+	return err
+}
+
+// String implements blob.Store.
+func (s *Store) String() string { return s.at.String() }
+
+// Close implements blob.Store.
+func (s *Store) Close() error { return nil }
+
+// Probe tries with an object of its own whether this storage keeps the
+// promises of a blob.Store. It gives fault.ErrUnsupported, wrapped, if not.
+func (s *Store) Probe(ctx context.Context) error {
+	var random [8]byte
+	rand.Read(random[:])
+	name := "probe/" + hex.EncodeToString(random[:])
+	put := func(body string) error {
+		return s.Create(ctx, name, strings.NewReader(body), int64(len(body)))
+	}
+	if err := put("first"); err != nil {
+		return err
+	}
+	defer s.Delete(context.WithoutCancel(ctx), name)
+	lacks := func(what string) error {
+		return fmt.Errorf("%s %s, so two writers could not be kept apart: %w", s, what, fault.ErrUnsupported)
+	}
+	switch err := put("second"); {
+	case err == nil:
+		return lacks("overwrites an object that was to be created (If-None-Match: * is ignored)")
+	case !errors.Is(err, fault.ErrExists):
+		return err
+	}
+	p := make([]byte, 6)
+	if n, err := s.ReadAt(ctx, name, p, 0); err != io.EOF || string(p[:n]) != "first" {
+		if err != nil && err != io.EOF {
+			return err
+		}
+		return lacks("does not give back what was just stored")
+	}
+	listed := false
+	for o, err := range s.List(ctx, "probe/") {
+		if err != nil {
+			return err
+		}
+		listed = listed || o.Name == name
+	}
+	if !listed {
+		return lacks("does not list what was just stored")
+	}
+	return nil
+}
