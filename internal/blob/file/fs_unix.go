@@ -52,7 +52,7 @@ func flock(f *os.File, exclusive bool) error {
 		case errors.Is(err, unix.EWOULDBLOCK):
 			return fault.ErrLocked
 		case errors.Is(err, unix.ENOLCK), errors.Is(err, unix.ENOTSUP), errors.Is(err, unix.ENOSYS):
-			return fmt.Errorf("%w: %w", errNoLocks, err)
+			return fmt.Errorf("%w: %w", ErrNoLocks, err)
 		default:
 			return err
 		}

@@ -14,8 +14,8 @@ import (
 	"github.com/backstay/backstay/internal/fault"
 )
 
-// errNoLocks is the class of file systems that don't have locks.
-var errNoLocks = errors.New("this file system has no locks")
+// ErrNoLocks is what the FS of a file system without locks answers to Lock.
+var ErrNoLocks = errors.New("this file system has no locks")
 
 const (
 	lockDir = "lock"
@@ -34,7 +34,7 @@ func (s *Store) Lock(ctx context.Context, name string, exclusive bool) (func(), 
 		return nil, fmt.Errorf("lock %s: %w", name, classify(err))
 	}
 	release, err := s.fs.Lock(lockDir+"/"+strings.ReplaceAll(name, "/", "+"), exclusive)
-	if errors.Is(err, errNoLocks) {
+	if errors.Is(err, ErrNoLocks) {
 		return func() {}, nil
 	}
 	if err != nil {
@@ -98,7 +98,7 @@ func (s *Store) sweep() error {
 		case err == nil:
 			s.releaseTmp = release
 			return nil
-		case errors.Is(err, errNoLocks):
+		case errors.Is(err, ErrNoLocks):
 			return nil // nobody sweeps either: that takes the lock
 		case !errors.Is(err, fault.ErrLocked) || wait > 4*time.Second:
 			return err
