@@ -3,12 +3,15 @@ package main_test
 import (
 	"errors"
 	"fmt"
+	"go/build"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -36,6 +39,15 @@ func TestScripts(t *testing.T) {
 		Condition: func(cond string) (bool, error) {
 			if cond == "root" {
 				return os.Geteuid() == 0, nil
+			}
+			if cond == "versitygw" {
+				_, inPath := exec.LookPath("versitygw")
+				_, installed := os.Stat(filepath.Join(build.Default.GOPATH, "bin", "versitygw"))
+				return os.Getenv("BACKSTAY_MAY_NOT_SKIP") != "" || inPath == nil || installed == nil, nil
+			}
+			if cond == "sftp-server" {
+				_, err := os.Stat("/usr/lib/openssh/sftp-server")
+				return os.Getenv("BACKSTAY_MAY_NOT_SKIP") != "" || err == nil, nil
 			}
 			return false, errors.New("unknown condition " + cond)
 		},
@@ -107,6 +119,36 @@ func TestScripts(t *testing.T) {
 				ts.Check(os.MkdirAll(dir, 0o755))
 				ts.Check(run("mount", "-t", "tmpfs", "-o", "size="+args[1], "backstay-test", dir))
 				ts.Defer(func() { run("umount", "-l", dir) })
+			},
+			// s3 DIR: serves the buckets in DIR until the script ends; its address
+			// and credentials are in the environment.
+			"s3": func(ts *testscript.TestScript, neg bool, args []string) {
+				exe, err := exec.LookPath("versitygw")
+				if err != nil {
+					exe = filepath.Join(build.Default.GOPATH, "bin", "versitygw")
+				}
+				l, err := net.Listen("tcp", "127.0.0.1:0")
+				ts.Check(err)
+				at := l.Addr().String()
+				ts.Check(l.Close())
+				cmd := exec.Command(exe, "--port", at, "--quiet", "posix", ts.MkAbs(args[0]))
+				cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY=script", "ROOT_SECRET_KEY=script-secret")
+				ts.Check(cmd.Start())
+				ts.Defer(func() {
+					cmd.Process.Kill()
+					cmd.Wait()
+				})
+				for name, value := range map[string]string{"S3": at, "AWS_ACCESS_KEY_ID": "script", "AWS_SECRET_ACCESS_KEY": "script-secret", "AWS_REGION": "us-east-1"} {
+					ts.Setenv(name, value)
+				}
+				for range 200 {
+					if c, err := net.Dial("tcp", at); err == nil {
+						c.Close()
+						return
+					}
+					time.Sleep(50 * time.Millisecond)
+				}
+				ts.Fatalf("versitygw does not answer")
 			},
 			// size FILE BYTES: makes or cuts a file to that length.
 			"size": func(ts *testscript.TestScript, neg bool, args []string) {

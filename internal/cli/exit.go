@@ -135,6 +135,8 @@ func hints(err error, cmd *cobra.Command) []string {
 		out = append(out, "wait for the other run to end, or end it, and try again")
 	case errors.Is(err, fault.ErrNoSpace):
 		out = append(out, `free space on the target, or drop restore points with "backstay point delete" and then run "backstay repo vacuum"; what was committed is safe`)
+	case errors.Is(err, fault.ErrDenied):
+		out = append(out, "see that the credentials are right, and that they may read, write, list and delete there")
 	case errors.Is(err, fault.ErrReadOnly):
 		out = append(out, "make the target writable for this user, or choose another")
 	case errors.Is(err, fault.ErrExists):

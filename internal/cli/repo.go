@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 	"text/tabwriter"
 
 	"filippo.io/age"
 	"github.com/spf13/cobra"
 
-	"github.com/backstay/backstay/internal/blob/file"
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo"
@@ -28,12 +26,18 @@ func (a *app) repoInitCmd() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "init",
 		Short: "make an empty repository",
-		Long: `Make an empty repository in a directory that is empty or does not exist.
+		Long: `Make an empty repository in a directory that is empty or does not exist, in a
+bucket (s3://endpoint/bucket/prefix; credentials from AWS_ACCESS_KEY_ID and
+AWS_SECRET_ACCESS_KEY or ~/.aws/credentials; ?region= where the storage cannot
+be asked; s3+http:// without TLS), or behind SFTP (sftp://user@host/path, with
+the ssh program and its configuration).
 
 Everything in it is encrypted. Whoever has the passphrase, or an identity for
 one of the recipients, can restore; nobody else can, and nothing can be
 restored once they are all lost.`,
 		Example: `  backstay repo init --repo /srv/backup --password-file /root/backstay.pass
+  backstay repo init --repo s3://s3.example.com/backups/site-a
+  backstay repo init --repo sftp://backup@nas.example.com/srv/backup
   backstay repo init --repo /srv/backup --recipient age1qyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqs3290gq`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -49,7 +53,7 @@ func (a *app) repoInit(ctx context.Context, chunkBytes int64, recipients []strin
 	if err := chunk.CheckBytes(chunkBytes); err != nil {
 		return usage("--chunk-size: %w", err)
 	}
-	dir, err := a.storePath()
+	at, err := a.storeAt()
 	if err != nil {
 		return err
 	}
@@ -66,42 +70,20 @@ func (a *app) repoInit(ctx context.Context, chunkBytes int64, recipients []strin
 			return err
 		}
 	}
-	if err := checkEmpty(dir); err != nil {
-		return err
-	}
-	st, err := file.Create(dir)
+	st, err := a.createStore(ctx, at)
 	if err != nil {
-		return fmt.Errorf("repository %s: %w", dir, err)
+		return err
 	}
 	defer st.Close()
 	if err := repo.Init(ctx, st, o); err != nil {
-		return fmt.Errorf("repository %s: %w", dir, err)
+		return fmt.Errorf("repository %s: %w", st, err)
 	}
 	if a.json {
-		return a.printJSON(map[string]any{"repository": dir, "chunk_bytes": chunkBytes})
+		return a.printJSON(map[string]any{"repository": st.String(), "chunk_bytes": chunkBytes})
 	}
-	fmt.Fprintf(a.stdout, "made repository %s, chunks of %s, encrypted\n", dir, sizeText(chunkBytes))
+	fmt.Fprintf(a.stdout, "made repository %s, chunks of %s, encrypted\n", st, sizeText(chunkBytes))
 	a.say("keep the passphrase or identity somewhere else too: without it nothing here can be restored")
 	return nil
-}
-
-// checkEmpty refuses a directory that holds something else.
-func checkEmpty(dir string) error {
-	entries, err := os.ReadDir(dir)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return nil
-	case err != nil:
-		return err
-	case len(entries) == 0:
-		return nil
-	}
-	for _, e := range entries {
-		if e.Name() == "repo.json" {
-			return withHint(fmt.Errorf("repository %s: %w", dir, fault.ErrExists), `it is ready to use; see "backstay repo info"`)
-		}
-	}
-	return withHint(fmt.Errorf("directory %s is not empty: %w", dir, fault.ErrExists), "name a new or an empty directory")
 }
 
 func (a *app) repoInfoCmd() *cobra.Command {
@@ -162,7 +144,7 @@ func (a *app) openCareful(ctx context.Context, needKey bool) (*repo.Repository, 
 	if needKey || a.hasPassphrase() || a.identityPath() != "" {
 		return a.openRepo(ctx)
 	}
-	st, err := a.openStore()
+	st, err := a.openStore(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -6,18 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"net/url"
 	"os"
-	"path/filepath"
 	"runtime"
-	"strings"
 
 	"filippo.io/age"
 	"golang.org/x/term"
 
 	"github.com/backstay/backstay/internal/blob"
-	"github.com/backstay/backstay/internal/blob/file"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo"
 	"github.com/backstay/backstay/internal/secret"
@@ -26,40 +21,9 @@ import (
 // A passphrase longer than this is a wrong file.
 const maxPassphraseBytes = 4096
 
-// storePath is the directory that --repo names.
-func (a *app) storePath() (string, error) {
-	switch {
-	case a.repoURL == "":
-		return "", coded{code: exitUsage, hint: "say --repo /path, or set BACKSTAY_REPO", err: errors.New("no repository named")}
-	case strings.HasPrefix(a.repoURL, "file://"):
-		u, err := url.Parse(a.repoURL)
-		if err != nil || u.Path == "" || u.Host != "" && u.Host != "localhost" {
-			return "", usage("%q is no file URL: want file:///path", a.repoURL)
-		}
-		return filepath.FromSlash(u.Path), nil
-	case strings.Contains(a.repoURL, "://"):
-		scheme, _, _ := strings.Cut(a.repoURL, "://")
-		return "", fmt.Errorf("repository: %s:// stores: %w", scheme, fault.ErrUnsupported)
-	}
-	return filepath.Abs(a.repoURL)
-}
-
-// openStore opens the store that --repo names; it must exist.
-func (a *app) openStore() (blob.Store, error) {
-	dir, err := a.storePath()
-	if err != nil {
-		return nil, err
-	}
-	st, err := file.Open(dir)
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fault.ErrNotFound) {
-		return nil, withHint(fmt.Errorf("repository %s: %w", dir, fault.ErrNotFound), `make one with "backstay repo init --repo %s"`, dir)
-	}
-	return st, err
-}
-
 // openRepo opens the repository with whatever key the user gave.
 func (a *app) openRepo(ctx context.Context) (*repo.Repository, error) {
-	st, err := a.openStore()
+	st, err := a.openStore(ctx)
 	if err != nil {
 		return nil, err
 	}

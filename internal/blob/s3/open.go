@@ -1,6 +1,7 @@
 package s3
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
+	"github.com/minio/minio-go/v7/pkg/s3utils"
 
 	"github.com/backstay/backstay/internal/fault"
 )
@@ -52,6 +54,9 @@ func ParseURL(s string) (Location, error) {
 	l.Bucket, l.Prefix, _ = strings.Cut(strings.Trim(u.Path, "/"), "/")
 	if l.Endpoint == "" || l.Bucket == "" || u.Fragment != "" {
 		return Location{}, fmt.Errorf("%q names no bucket: want s3://endpoint/bucket/prefix", s)
+	}
+	if err := s3utils.CheckValidBucketNameStrict(l.Bucket); err != nil {
+		return Location{}, fmt.Errorf("bucket %q: %w", l.Bucket, err)
 	}
 	for _, seg := range strings.Split(l.Prefix, "/") {
 		if l.Prefix != "" && (seg == "" || seg == "." || seg == "..") {
@@ -97,8 +102,9 @@ type Options struct {
 // Open makes a Store at l. It asks the storage nothing yet, but that of this
 // machine whether it speaks TLS: what does not leave the machine needs none.
 func Open(ctx context.Context, l Location, o Options) (*Store, error) {
-	if l.Region == "" {
-		l.Region = firstOf(os.Getenv("AWS_REGION"), os.Getenv("AWS_DEFAULT_REGION"))
+	region := l.Region
+	if region == "" {
+		region = cmp.Or(os.Getenv("AWS_REGION"), os.Getenv("AWS_DEFAULT_REGION"))
 	}
 	if !l.Plain && isLoopback(l.Endpoint) {
 		l.Plain = speaksPlain(ctx, l.Endpoint)
@@ -117,21 +123,12 @@ func Open(ctx context.Context, l Location, o Options) (*Store, error) {
 	if o.Wrap != nil {
 		rt = o.Wrap(rt)
 	}
-	client, err := minio.NewCore(l.Endpoint, &minio.Options{Creds: creds, Secure: !l.Plain, Region: l.Region, Transport: rt, MaxRetries: 1})
+	client, err := minio.NewCore(l.Endpoint, &minio.Options{Creds: creds, Secure: !l.Plain, Region: region, Transport: rt, MaxRetries: 1})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", l, err)
 	}
 	client.SetAppInfo("backstay", "1")
 	return &Store{client: *client, at: l}, nil
-}
-
-func firstOf(s ...string) string {
-	for _, v := range s {
-		if v != "" {
-			return v
-		}
-	}
-	return ""
 }
 
 // transport takes as many connections as are asked for and bounds each wait

@@ -189,7 +189,7 @@ func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[blob.Object, 
 		last := ""
 		for o := range s.client.ListObjectsIter(ctx, s.at.Bucket, minio.ListObjectsOptions{Prefix: at + prefix, Recursive: true}) {
 			if o.Err != nil {
-				yield(blob.Object{}, s.classify(ctx, "list "+prefix, o.Err))
+				yield(blob.Object{}, s.classify(ctx, strings.TrimSpace("list "+prefix), o.Err))
 				return
 			}
 			name, ok := strings.CutPrefix(o.Key, at)

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"go/build"
 	"io"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,6 +31,10 @@ const accessKey, secretKey = "backstay-test", "backstay-test-secret"
 func gateway(t *testing.T) (endpoint, dir string) {
 	t.Helper()
 	exe, err := exec.LookPath("versitygw")
+	if err != nil {
+		exe = filepath.Join(build.Default.GOPATH, "bin", "versitygw")
+		_, err = os.Stat(exe)
+	}
 	if err != nil {
 		if os.Getenv("BACKSTAY_MAY_NOT_SKIP") != "" {
 			t.Fatal("versitygw is not installed, and this test may not be skipped")
@@ -321,7 +327,7 @@ func TestParseURL(t *testing.T) {
 			t.Errorf("%s: %+v, %v", url, got, err)
 		}
 	}
-	for _, url := range []string{"s3://", "s3://host", "s3://host/", "s3:///bucket", "s3://user:hunter2@host/bucket", "s3://host/bucket?key=x", "s3://host/b/../c", "https://host/bucket", "s3://host/b#c", "s3://h%zz/b"} {
+	for _, url := range []string{"s3://", "s3://host", "s3://host/", "s3:///bucket", "s3://user:hunter2@host/bucket", "s3://host/bucket?key=x", "s3://host/bucket/../c", "https://host/bucket", "s3://host/b", "s3://host/Bucket", "s3://host/bucket#c", "s3://h%zz/b"} {
 		_, err := ParseURL(url)
 		if err == nil {
 			t.Errorf("%s was taken", url)
