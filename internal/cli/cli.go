@@ -104,7 +104,7 @@ Every restore point is a full: it restores alone, whatever was read to make it.`
 	root.SetErr(a.stderr)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	f := root.PersistentFlags()
-	f.StringVar(&a.repoURL, "repo", "", "repository: a path (or set BACKSTAY_REPO)")
+	f.StringVar(&a.repoURL, "repo", "", "repository: a path, s3://endpoint/bucket/prefix or sftp://user@host/path (or set BACKSTAY_REPO)")
 	f.StringVar(&a.passwordFile, "password-file", "", "file with the passphrase (or BACKSTAY_PASSWORD_FILE, BACKSTAY_PASSWORD, or a prompt)")
 	f.StringVar(&a.identityFile, "identity-file", "", "file with age identities that open the repository (or BACKSTAY_IDENTITY_FILE)")
 	f.StringVar(&a.stateDir, "state-dir", defaultStateDir(), "where the journal of what was made on hosts is kept")
