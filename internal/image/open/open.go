@@ -196,10 +196,15 @@ func openAs(f image.File, dir string, format image.Format, o image.OpenOptions, 
 	case "":
 		// A child that does not say what its parent is. The parent's content
 		// is the last thing to ask: its guest could have written it.
-		if format, ok := FormatByName(f.Name()); ok {
-			return openAs(f, dir, format, o, seen)
+		if _, ok := FormatByName(f.Name()); !ok {
+			return nil, fmt.Errorf("%s: its child does not say what format it has: %w", f.Name(), ErrFormat)
 		}
-		return nil, fmt.Errorf("%s: its child does not say what format it has: %w", f.Name(), ErrFormat)
+		// Where name and content disagree the child alone could say.
+		format, _, err := detect(f, f.Name())
+		if err != nil {
+			return nil, fmt.Errorf("its child does not say what format it has: %w", err)
+		}
+		return openAs(f, dir, format, o, seen)
 	}
 	return nil, fmt.Errorf("%s: format %q: %w", f.Name(), format, fault.ErrUnsupported)
 }
