@@ -74,8 +74,8 @@ func (img *Image) details() map[string]string {
 	if h.dataFile != "" {
 		d["data_file"] = h.dataFile
 	}
-	if h.backingFormat != "" {
-		d["backing_format"] = h.backingFormat
+	if f, err := parentFormat(h.backingFormat); err != nil || string(f) != h.backingFormat {
+		d["backing_format"] = h.backingFormat // as QEMU calls it
 	}
 	if x := h.compatible &^ compatKnown; x != 0 {
 		d["unknown_compatible"] = h.names.list(featureCompatible, x)
