@@ -125,6 +125,21 @@ func TestTruncationIsNamed(t *testing.T) {
 	}
 }
 
+// An extent with room for a descriptor and none in it may be a whole disk or a
+// piece of one.
+func TestEmptyDescriptorWarns(t *testing.T) {
+	p := made(t, image.CreateOptions{})
+	clear(p[512 : 21*512])
+	img, err := openBytes(p, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	if w := img.Info().Warnings; len(w) != 1 {
+		t.Errorf("warnings %q", w)
+	}
+}
+
 // In a file with the flag for them, 1 stands for zeros, in a table and in a
 // directory.
 func TestZeroedTables(t *testing.T) {

@@ -159,6 +159,9 @@ func (b *builder) openMonolithic(head []byte) error {
 		return err
 	}
 	s.ready(1)
+	if len(b.desc.fields) == 0 {
+		b.warn("its descriptor is empty: if it is one extent of a split disk, the rest is in other files")
+	}
 	if n := len(b.desc.extents); n > 1 {
 		return fault.Corrupt(name, h.descOffset, "%d extents in a descriptor that lies in the only one", n)
 	}
