@@ -2,7 +2,6 @@ package vmdk_test
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -163,29 +162,16 @@ func TestSnapshotChain(t *testing.T) {
 
 // ESX's COWD extents are nowhere to be had; this one follows the description.
 func TestCOWD(t *testing.T) {
-	const sectors, tables = 8192, 2
-	p := make([]byte, 512*(4+1+tables*32))
-	copy(p, "COWD")
-	for i, v := range []uint32{1, 3, sectors, 1, 4, tables} {
-		binary.LittleEndian.PutUint32(p[4+4*i:], v)
-	}
+	const sectors = 8192
 	disk := make([]byte, sectors*512)
-	table := 5
-	for _, s := range []int{0, 1, 2, 100, 101, 4095, 5000, sectors - 1} {
-		gde := p[4*512+s/4096*4:]
-		if binary.LittleEndian.Uint32(gde) == 0 {
-			binary.LittleEndian.PutUint32(gde, uint32(table))
-			table += 32
-		}
-		gte := p[int(binary.LittleEndian.Uint32(gde))*512+s%4096*4:]
-		binary.LittleEndian.PutUint32(gte, uint32(len(p)/512))
+	held := []int{0, 1, 2, 100, 101, 4095, 5000, sectors - 1}
+	for _, s := range held {
 		for i := range 512 {
 			disk[s*512+i] = byte(s + i)
 		}
-		p = append(p, disk[s*512:(s+1)*512]...)
 	}
 	text := "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"vmfsSparse\"\nRW 8192 VMFSSPARSE \"x-delta.vmdk\"\n"
-	img, err := openBytes([]byte(text), &fakeDir{files: map[string][]byte{"x-delta.vmdk": p}})
+	img, err := openBytes([]byte(text), &fakeDir{files: map[string][]byte{"x-delta.vmdk": cowd(disk, held)}})
 	if err != nil {
 		t.Fatal(err)
 	}
