@@ -19,7 +19,7 @@ import (
 )
 
 func (a *app) pointCmd() *cobra.Command {
-	return noun("point", "list, show and delete restore points", a.pointListCmd(), a.pointShowCmd(), a.pointDeleteCmd())
+	return noun("point", "list, show, delete and prune restore points", a.pointListCmd(), a.pointShowCmd(), a.pointDeleteCmd(), a.pointPruneCmd())
 }
 
 // A pointLine is a restore point as point list --json prints it.
