@@ -328,8 +328,8 @@ func FormatByName(path string) (image.Format, bool) {
 	return "", false
 }
 
-// Create makes a new image of format f at path, which must not exist. A
-// monolithicFlat VMDK makes a second file, which vmdk.FlatName names.
+// Create makes a new image of format f at path, which must not exist. A VMDK
+// of several files makes the others beside it, as vmdk.Create says.
 func Create(path string, f image.Format, o image.CreateOptions) (image.Writer, error) {
 	switch f {
 	case image.Raw:
