@@ -72,6 +72,30 @@ func (p *parentsFlag) Set(s string) error {
 	return nil
 }
 
+// files are the n images that args name, or any number if n is 0. A flag whose
+// value may be left out does not see a value behind a blank, so the directory of
+// "--parents DIR" is among args; no image is a directory, so it can be told.
+func (in *imageInput) files(cmd *cobra.Command, args []string, n int) ([]string, error) {
+	if in.parents && in.parentDir == "" && len(args) > n {
+		isDir := func(arg string) bool {
+			st, err := os.Stat(arg)
+			return err == nil && st.IsDir()
+		}
+		if i := slices.IndexFunc(args, isDir); i >= 0 {
+			in.parentDir = args[i]
+			args = slices.Delete(slices.Clone(args), i, i+1)
+		}
+	}
+	check := cobra.ExactArgs(n)
+	if n == 0 {
+		check = cobra.MinimumNArgs(1)
+	}
+	if err := check(cmd, args); err != nil {
+		return nil, usageError{err}
+	}
+	return args, nil
+}
+
 // open opens path in the way that in says. Images whose parents are not wanted
 // open without them if onlyTop.
 func (in imageInput) open(path string, onlyTop bool) (image.Image, error) {

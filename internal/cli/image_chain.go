@@ -31,8 +31,11 @@ With --json: one object per layer, the top first: depth, file, the fields of
 are bytes of the disk that this layer alone holds so.`,
 		Example: `  backstay image chain --parents snapshot2.vmdk
   backstay image chain --parents=/vms --json web01.avhdx`,
-		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			args, err := in.files(cmd, args, 1)
+			if err != nil {
+				return err
+			}
 			return a.imageChain(cmd.Context(), in, args[0])
 		},
 	}

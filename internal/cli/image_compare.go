@@ -22,8 +22,11 @@ sizes up. Exit code 0 means identical, 1 different.
 With --json: identical, offset (the first byte that differs, -1 for none) and
 same_size.`,
 		Example: `  backstay image compare web01.vhdx restored.qcow2`,
-		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			args, err := in.files(cmd, args, 2)
+			if err != nil {
+				return err
+			}
 			return a.compareImages(cmd.Context(), in, other, args[0], args[1])
 		},
 	}

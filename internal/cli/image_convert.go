@@ -57,8 +57,11 @@ duration_ns.`,
   backstay image convert --parents web01-snapshot.avhdx web01.raw
   backstay image convert --only-top monday.qcow2 monday-copy.qcow2
   backstay image convert --only-top monday.qcow2 monday.vhdx --parent base.vhdx`,
-		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			args, err := o.in.files(cmd, args, 2)
+			if err != nil {
+				return err
+			}
 			return a.convertImage(cmd.Context(), o, args[0], args[1])
 		},
 	}

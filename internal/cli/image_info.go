@@ -32,8 +32,11 @@ snapshot_details, bitmaps and bitmap_details, files (what else it is read from),
 details, warnings.`,
 		Example: `  backstay image info web01.vhdx
   backstay image info --json *.vmdk`,
-		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			args, err := in.files(cmd, args, 0)
+			if err != nil {
+				return err
+			}
 			for i, path := range args {
 				err := a.imageInfo(cmd.Context(), in, path, i > 0)
 				if err != nil && len(args) == 1 {

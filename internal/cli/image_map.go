@@ -38,8 +38,11 @@ With --bitmap: start, length and kind, which is "changed"; all else is not.`,
 		Example: `  backstay image map web01.qcow2
   backstay image map --json --parents snapshot.vmdk
   backstay image map --bitmap monday web01.qcow2`,
-		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			args, err := in.files(cmd, args, 1)
+			if err != nil {
+				return err
+			}
 			img, err := in.open(args[0], !in.parents || bitmap != "")
 			if err != nil {
 				return err
