@@ -290,7 +290,13 @@ func (o convertOptions) layer(c *image.CreateOptions, format image.Format, from 
 			return nil, usage("what is the parent %q? name it with --parent and --parent-format", from.Parent)
 		}
 		c.ParentInfo = parentOf(from)
-		return nil, nil
+		name := filepath.FromSlash(strings.ReplaceAll(c.Parent, `\`, "/"))
+		if !filepath.IsAbs(name) && !strings.Contains(name, ":") {
+			if _, err := os.Stat(filepath.Join(filepath.Dir(to), name)); err != nil {
+				warnings = append(warnings, fmt.Sprintf("its parent %q begins at its own directory, where it is not", c.Parent))
+			}
+		}
+		return warnings, nil
 	}
 	// The user names this file, so it may be opened.
 	path := o.parent
