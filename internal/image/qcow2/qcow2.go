@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"sync"
 
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/fault"
@@ -28,7 +29,10 @@ type Image struct {
 	file   image.File // metadata, and clusters unless there is a data file
 	data   image.File // clusters; the same as file if none is external
 	noData error      // why there is no data, where only the metadata were asked for
-	parent image.Image
+
+	sparseOnce sync.Once
+	isSparse   bool // see sparse
+	parent     image.Image
 
 	header    header
 	snapshots []Snapshot
