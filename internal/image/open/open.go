@@ -101,8 +101,12 @@ func open(f image.File, path string, o Options) (image.Image, error) {
 	if err != nil {
 		return nil, renamed(err, path, format, o)
 	}
-	if warning != "" || len(seen.names) > 0 {
-		img = described{img, warning, seen.names}
+	warnings := seen.moved
+	if warning != "" {
+		warnings = append([]string{warning}, warnings...)
+	}
+	if len(warnings) > 0 || len(seen.names) > 0 {
+		img = described{img, warnings, seen.names}
 	}
 	return img, nil
 }
@@ -116,8 +120,16 @@ func (o Options) parents(f image.File, format image.Format, seen *files) image.R
 		return recorder{byUUID{DirResolver{Dir: o.ParentDir}}, seen}
 	}
 	// Those formats name their parent's identity, so a wrong file of the right
-	// name is found out; qcow2 does not.
-	return recorder{DirResolver{Dir: o.ParentDir, ByBase: format != image.Qcow2}, seen}
+	// name is found out. QCOW2 does not, and libvirt writes absolute names: where
+	// the disk was moved, what lies in the directory that the caller allowed is
+	// taken, and said.
+	r := DirResolver{Dir: o.ParentDir, ByBase: format != image.Qcow2}
+	if format == image.Qcow2 {
+		r.Moved = func(name, found string) {
+			seen.moved = append(seen.moved, fmt.Sprintf("the image names %q; %s was taken for it, which this format cannot check", name, found))
+		}
+	}
+	return recorder{r, seen}
 }
 
 // from is r for the names in f.
@@ -132,6 +144,7 @@ func from(r image.Resolver, f image.File) image.Resolver {
 type files struct {
 	dir   string
 	names []string
+	moved []string // warnings about those that lay elsewhere than the image says
 }
 
 // A recorder is a Resolver that notes what it opened.
@@ -220,8 +233,8 @@ func asImage[I image.Image](img I, err error) (image.Image, error) {
 // A described is an image with what it does not know of itself.
 type described struct {
 	image.Image
-	warning string
-	files   []string
+	warnings []string
+	files    []string
 }
 
 // Unwrap is the image itself, with what only its format can do.
@@ -229,9 +242,7 @@ func (d described) Unwrap() image.Image { return d.Image }
 
 func (d described) Info() image.Info {
 	info := d.Image.Info()
-	if d.warning != "" {
-		info.Warnings = append(slices.Clip(info.Warnings), d.warning)
-	}
+	info.Warnings = append(slices.Clip(info.Warnings), d.warnings...)
 	info.Files = slices.Clone(d.files)
 	return info
 }

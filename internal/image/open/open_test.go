@@ -5,10 +5,13 @@ import (
 	"errors"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/imagetest"
 	"github.com/backstay/backstay/internal/image/open"
@@ -194,5 +197,42 @@ func TestInfoNamesAllFiles(t *testing.T) {
 			t.Errorf("%s: files %q, want %q", path, got, want)
 		}
 		img.Close()
+	}
+}
+
+// libvirt names backing files absolutely; disks are moved.
+func TestAMovedQcow2ChainIsReadWithAWarning(t *testing.T) {
+	was, is := t.TempDir(), t.TempDir()
+	qemuImg := imagetest.Tool(t, "qemu-img")
+	run := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command(qemuImg, args...).CombinedOutput(); err != nil {
+			t.Fatalf("qemu-img %q: %v\n%s", args, err, out)
+		}
+	}
+	base, top := filepath.Join(was, "base.qcow2"), filepath.Join(was, "top.qcow2")
+	run("create", "-q", "-f", "qcow2", base, "1M")
+	run("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+	for _, name := range []string{"base.qcow2", "top.qcow2"} {
+		if err := os.Rename(filepath.Join(was, name), filepath.Join(is, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	top = filepath.Join(is, "top.qcow2")
+	if _, err := open.Open(top, open.Options{}); !errors.Is(err, image.ErrNotAllowed) {
+		t.Errorf("without permission: %v", err)
+	}
+	img, err := open.Open(top, open.Options{ParentDir: is})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	if w := img.Info().Warnings; len(w) != 1 || !strings.Contains(w[0], base) || !strings.Contains(w[0], filepath.Join(is, "base.qcow2")) {
+		t.Errorf("warnings: %q", w)
+	}
+	// A relative name that leads nowhere is no reason to look elsewhere.
+	run("rebase", "-u", "-b", "gone/base.qcow2", "-F", "qcow2", top)
+	if _, err := open.Open(top, open.Options{ParentDir: is}); !errors.Is(err, fault.ErrNotFound) {
+		t.Errorf("a relative name: %v", err)
 	}
 }

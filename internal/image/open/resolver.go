@@ -26,6 +26,10 @@ type DirResolver struct {
 	// ByBase looks for the last part of a name that leads elsewhere. It is for
 	// formats that tell a right file from a wrong one by its identity.
 	ByBase bool
+	// Moved makes Resolve look for the last part of an absolute name that leads
+	// elsewhere, too, and is told what was found. It is for formats that can't
+	// tell a wrong file, so whoever sets it passes that on.
+	Moved func(name, found string)
 	// At is the directory in or beneath Dir where relative names begin; Dir
 	// itself if it is empty or lies elsewhere.
 	At string
@@ -46,10 +50,13 @@ func (r DirResolver) Resolve(name string) (image.File, error) {
 		return nil, refused
 	}
 	var candidates []string
+	exact := 0
 	if rel, ok := r.beneath(name); ok {
 		candidates = append(candidates, rel)
+		exact = 1
 	}
-	if base := lastPart(name); r.ByBase && local(base) {
+	absolute := strings.HasPrefix(name, "/") || drive(name)
+	if base := lastPart(name); (r.ByBase || r.Moved != nil && absolute) && local(base) {
 		candidates = append(candidates, path.Join(r.start(), base), base)
 	}
 	var f *os.File
@@ -59,6 +66,9 @@ func (r DirResolver) Resolve(name string) (image.File, error) {
 			continue
 		}
 		if f, err = openBeneath(r.Dir, rel); !missing(err) {
+			if err == nil && r.Moved != nil && i >= exact {
+				r.Moved(name, filepath.Join(r.Dir, filepath.FromSlash(rel)))
+			}
 			break
 		}
 	}
