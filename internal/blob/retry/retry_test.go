@@ -8,6 +8,7 @@ import (
 	"io"
 	"iter"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -20,9 +21,9 @@ import (
 var errPassing = errors.New("connection reset")
 
 // atOnce lets no time pass and counts what would have.
-func atOnce(total *time.Duration) Options {
+func atOnce(total *atomic.Int64) Options {
 	return Options{sleep: func(ctx context.Context, d time.Duration) error {
-		*total += d
+		total.Add(int64(d))
 		return ctx.Err()
 	}}
 }
@@ -34,7 +35,7 @@ func TestStore(t *testing.T) {
 // Every second call fails, half of these after they took effect.
 func TestStoreWithTroubleEverySecondCall(t *testing.T) {
 	blobtest.Run(t, func(t *testing.T) blob.Store {
-		var waited time.Duration
+		var waited atomic.Int64
 		o := atOnce(&waited)
 		return Wrap(blobtest.Faulty(mem.New(), func(c blobtest.Call) error {
 			switch {
@@ -53,9 +54,9 @@ func TestAMinuteOf503IsWaitedForAndAnHourIsNot(t *testing.T) {
 		trouble time.Duration
 		ok      bool
 	}{{time.Minute, true}, {time.Hour, false}} {
-		var waited time.Duration
+		var waited atomic.Int64
 		st := Wrap(blobtest.Faulty(mem.New(), func(blobtest.Call) error {
-			if waited < c.trouble {
+			if time.Duration(waited.Load()) < c.trouble {
 				return errPassing
 			}
 			return nil
@@ -65,8 +66,8 @@ func TestAMinuteOf503IsWaitedForAndAnHourIsNot(t *testing.T) {
 		if (err == nil) != c.ok || !c.ok && !errors.Is(err, errPassing) {
 			t.Errorf("after %v of trouble: %v", c.trouble, err)
 		}
-		if waited > 4*time.Minute {
-			t.Errorf("waited %v", waited)
+		if d := time.Duration(waited.Load()); d > 4*time.Minute {
+			t.Errorf("waited %v", d)
 		}
 	}
 }
@@ -86,7 +87,7 @@ func TestWhatLastsIsNotTriedAgain(t *testing.T) {
 }
 
 func TestALostReplyToCreate(t *testing.T) {
-	var waited time.Duration
+	var waited atomic.Int64
 	inner := mem.New()
 	lose := 1
 	st := Wrap(blobtest.Faulty(inner, func(c blobtest.Call) error {
@@ -155,7 +156,7 @@ func (h *halves) List(ctx context.Context, prefix string) iter.Seq2[blob.Object,
 }
 
 func TestWhatBrokeOffIsDoneAgain(t *testing.T) {
-	var waited time.Duration
+	var waited atomic.Int64
 	inner := &halves{Store: mem.New()}
 	st := Wrap(inner, atOnce(&waited))
 	data := bytes.Repeat([]byte("0123456789"), 100)
