@@ -70,6 +70,11 @@ func (a *app) openStore(ctx context.Context) (blob.Store, error) {
 		if err != nil {
 			return nil, storeHint(err)
 		}
+		// What cannot be reached now is told at once: patience is for runs that
+		// are under way.
+		if _, err := st.Size(ctx, "repo.json"); err != nil && !errors.Is(err, fault.ErrNotFound) {
+			return nil, storeHint(fmt.Errorf("repository %s: %w", st, err))
+		}
 		return a.patient(st), nil
 	case at.sftp != nil:
 		st, err := sftp.Open(ctx, *at.sftp)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
@@ -129,10 +130,18 @@ func (s *Session) begin(ctx context.Context) (err error) {
 		return fmt.Errorf("begin session: %w", err)
 	}
 	if err := s.r.settle(ctx); err != nil {
-		s.r.st.Delete(context.WithoutCancel(ctx), sessionPrefix+s.id)
+		s.forget(ctx)
 		return err
 	}
 	return nil
+}
+
+// forget takes the session object away. It is tidiness, which a vacuum does as
+// well, so a store that does not answer is not waited for.
+func (s *Session) forget(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	return s.r.st.Delete(ctx, sessionPrefix+s.id)
 }
 
 // ID is the session's name in the store.
@@ -214,7 +223,7 @@ func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) err
 	}
 	s.end()
 	// Only tidiness from here on: the points exist.
-	s.r.st.Delete(context.WithoutCancel(ctx), sessionPrefix+s.id)
+	s.forget(ctx)
 	return nil
 }
 
@@ -236,7 +245,7 @@ func (s *Session) Abort(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.r.st.Delete(ctx, sessionPrefix+s.id)
+	return s.forget(ctx)
 }
 
 // end lets go of everything that the session holds, when nothing is stored any
