@@ -89,7 +89,7 @@ func (r *Repository) openManifest(ctx context.Context, id manifest.ID) (*manifes
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", manifestLabel(id), err)
 	}
-	src := &storeReader{context.WithoutCancel(ctx), r.st, name}
+	src := r.ahead(&storeReader{context.WithoutCancel(ctx), r.st, name}, size)
 	var f *manifest.File
 	if r.keys == nil {
 		f, err = manifest.Open(src, size, id, r.id, nil)

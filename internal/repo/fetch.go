@@ -10,17 +10,12 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/pack"
-)
-
-// How reads of a pack are joined, in bytes.
-const (
-	gapBytes = 128 << 10 // unwanted bytes that are read rather than skipped
-	runBytes = 4 << 20   // what one read asks for at most, but for one record
 )
 
 // windowChunks is how many chunk positions Fetch plans at once: 32 GiB of disk
@@ -60,7 +55,8 @@ func (d *Disk) Fetch(ctx context.Context, within extent.Extent, o FetchOptions, 
 	if o.Workers <= 0 {
 		o.Workers = runtime.GOMAXPROCS(0) + 1
 	}
-	f := &fetch{d: d, fn: fn, workers: o.Workers}
+	f := d.newFetch(o.Workers, fn)
+	defer f.close()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	wants := make([]want, 0, min(windowChunks, end-first))
@@ -96,14 +92,44 @@ func (d *Disk) Fetch(ctx context.Context, within extent.Extent, o FetchOptions, 
 const windowBatches = 64
 
 type fetch struct {
-	d       *Disk
-	fn      func(off int64, data []byte) error
-	workers int
-	h       *holdings // that numbers the packs of this window
+	d        *Disk
+	fn       func(off int64, data []byte) error
+	shape    blob.ReadShape
+	inFlight int           // runs that are being read or decoded
+	buffers  *buffers      // that runs are read into
+	decoders chan *decoder // one for each worker
+	h        *holdings     // that numbers the packs of this window
+}
+
+func (d *Disk) newFetch(workers int, fn func(off int64, data []byte) error) *fetch {
+	f := &fetch{d: d, fn: fn, shape: blob.ShapeOf(d.r.st), decoders: make(chan *decoder, workers)}
+	f.inFlight = max(workers, f.shape.InFlight)
+	f.buffers = newBuffers(f.shape.Memory)
+	for range workers {
+		f.decoders <- &decoder{w: d.r.worker(readLevel)}
+	}
+	return f
+}
+
+// close waits for nothing: whoever had a decoder has given it back.
+func (f *fetch) close() {
+	for range cap(f.decoders) {
+		f.d.r.idle(readLevel, (<-f.decoders).w)
+	}
 }
 
 // batch is how many chunks an ordered Fetch decodes together.
-func (f *fetch) batch() int { return int(max(1, runBytes/f.d.ChunkBytes())) }
+func (f *fetch) batch() int { return int(max(1, f.shape.Run/f.d.ChunkBytes())) }
+
+// batches is how many of them are in memory at once, but for the one that is
+// handed out. Half of what reads may take is theirs.
+func (f *fetch) batches() int {
+	if f.shape.Memory == 0 {
+		return f.inFlight
+	}
+	fit := f.shape.Memory / 2 / (int64(f.batch()) * f.d.ChunkBytes())
+	return int(max(1, min(int64(f.inFlight), fit)))
+}
 
 // window fetches chunks whose indexes ascend.
 func (f *fetch) window(ctx context.Context, wants []want, ordered bool) error {
@@ -161,12 +187,12 @@ func (u *run) off() int64 { return int64(u.wants[0].place.Off) }
 func (u *run) len() int64 { return u.wants[len(u.wants)-1].end() - u.off() }
 
 // runs cuts wants, sorted by pack and offset, into reads.
-func runs(wants []want) (out []run) {
+func runs(wants []want, shape blob.ReadShape) (out []run) {
 	for len(wants) > 0 {
 		n := 1
 		for n < len(wants) && wants[n].place.Pack == wants[0].place.Pack &&
-			int64(wants[n].place.Off)-wants[n-1].end() <= gapBytes &&
-			wants[n].end()-int64(wants[0].place.Off) <= runBytes {
+			int64(wants[n].place.Off)-wants[n-1].end() <= shape.Gap &&
+			int64(wants[n].place.Off)-int64(wants[0].place.Off) < shape.Run {
 			n++
 		}
 		// The same record, wanted again elsewhere in the disk.
@@ -194,12 +220,10 @@ func (f *fetch) unordered(ctx context.Context, wants []want) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
-	for range f.workers {
+	for range f.inFlight {
 		wg.Go(func() {
-			w := f.newReader()
-			defer w.close()
 			for u := range jobs {
-				err := w.run(ctx, u, func(index int64, data []byte) error {
+				err := f.run(ctx, u, func(index int64, data []byte) error {
 					return f.fn(index*f.d.ChunkBytes(), data)
 				})
 				if err != nil {
@@ -209,7 +233,7 @@ func (f *fetch) unordered(ctx context.Context, wants []want) error {
 			}
 		})
 	}
-	for _, u := range runs(wants) {
+	for _, u := range runs(wants, f.shape) {
 		select {
 		case jobs <- u:
 			continue
@@ -223,7 +247,7 @@ func (f *fetch) unordered(ctx context.Context, wants []want) error {
 }
 
 // ordered decodes batches of neighbouring chunks ahead and hands them out in
-// turn. There are never more batches in memory than workers and one.
+// turn.
 func (f *fetch) ordered(ctx context.Context, wants []want) error {
 	type batch struct {
 		wants []want
@@ -232,19 +256,17 @@ func (f *fetch) ordered(ctx context.Context, wants []want) error {
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	n := f.batch()
-	jobs, turns := make(chan *batch), make(chan *batch, f.workers)
-	free := make(chan [][]byte, f.workers+1)
-	for range f.workers + 1 {
+	n, ahead := f.batch(), f.batches()
+	jobs, turns := make(chan *batch), make(chan *batch, ahead)
+	free := make(chan [][]byte, ahead+1)
+	for range ahead + 1 {
 		free <- make([][]byte, n)
 	}
 	var wg sync.WaitGroup
-	for range f.workers {
+	for range ahead {
 		wg.Go(func() {
-			w := f.newReader()
-			defer w.close()
 			for b := range jobs {
-				b.done <- f.decode(ctx, w, b.wants, b.data)
+				b.done <- f.decode(ctx, b.wants, b.data)
 			}
 		})
 	}
@@ -252,7 +274,7 @@ func (f *fetch) ordered(ctx context.Context, wants []want) error {
 		defer close(turns)
 		defer close(jobs)
 		for len(wants) > 0 {
-			k := min(n, len(wants))
+			k := cutBatch(wants, n)
 			b := &batch{wants: wants[:k], done: make(chan error, 1)}
 			wants = wants[k:]
 			select {
@@ -290,8 +312,20 @@ func (f *fetch) ordered(ctx context.Context, wants []want) error {
 	return err
 }
 
+// cutBatch says how many of wants make up a batch of at most n: rather fewer
+// than a few of another pack, which would cost a read of their own.
+func cutBatch(wants []want, n int) int {
+	n = min(n, len(wants))
+	for k := n/2 + 1; k < n; k++ {
+		if wants[k].place.Pack != wants[k-1].place.Pack {
+			return k
+		}
+	}
+	return n
+}
+
 // decode fills data[i] with the chunk wants[i].
-func (f *fetch) decode(ctx context.Context, w *reader, wants []want, data [][]byte) error {
+func (f *fetch) decode(ctx context.Context, wants []want, data [][]byte) error {
 	at := make(map[int64]int, len(wants))
 	for i := range wants {
 		at[wants[i].index] = i
@@ -300,8 +334,8 @@ func (f *fetch) decode(ctx context.Context, w *reader, wants []want, data [][]by
 	slices.SortFunc(sorted, func(a, b want) int {
 		return cmp.Or(cmp.Compare(a.place.Pack, b.place.Pack), cmp.Compare(a.place.Off, b.place.Off))
 	})
-	for _, u := range runs(sorted) {
-		err := w.run(ctx, u, func(index int64, plain []byte) error {
+	for _, u := range runs(sorted, f.shape) {
+		err := f.run(ctx, u, func(index int64, plain []byte) error {
 			i := at[index]
 			data[i] = append(data[i][:0], plain...)
 			return nil
@@ -313,31 +347,34 @@ func (f *fetch) decode(ctx context.Context, w *reader, wants []want, data [][]by
 	return nil
 }
 
-// A reader reads runs with memory of its own.
-type reader struct {
-	d     *Disk
-	h     *holdings
+// A decoder opens records with memory of its own.
+type decoder struct {
 	w     *pack.Worker
-	buf   []byte
 	plain []byte
 }
 
-func (f *fetch) newReader() *reader { return &reader{d: f.d, h: f.h, w: f.d.r.worker(readLevel)} }
-
-func (w *reader) close() { w.d.r.idle(readLevel, w.w) }
-
-// run reads the run and calls fn for each of its chunks.
-func (w *reader) run(ctx context.Context, u run, fn func(index int64, data []byte) error) error {
-	w.h.mu.RLock()
-	p := w.h.packs[u.pack]
-	w.h.mu.RUnlock()
-	if n := u.len(); int64(cap(w.buf)) < n {
-		w.buf = make([]byte, max(n, min(2*int64(cap(w.buf)), runBytes)))
+// run reads the run and calls fn for each of its chunks. While it waits for the
+// store it holds a buffer and no decoder: there may be far more reads than
+// processors.
+func (f *fetch) run(ctx context.Context, u run, fn func(index int64, data []byte) error) error {
+	f.h.mu.RLock()
+	p := f.h.packs[u.pack]
+	f.h.mu.RUnlock()
+	buf, err := f.buffers.get(ctx, u.len())
+	if err != nil {
+		return err
 	}
-	buf := w.buf[:u.len()]
-	n, err := w.d.r.st.ReadAt(ctx, p.name(), buf, u.off())
+	defer f.buffers.put(buf)
+	n, err := f.d.r.st.ReadAt(ctx, p.name(), buf, u.off())
+	var w *decoder
+	select {
+	case w = <-f.decoders:
+		defer func() { f.decoders <- w }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	if errors.Is(err, fault.ErrNotFound) {
-		return w.single(ctx, u, fn)
+		return f.single(ctx, w, u, fn)
 	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		return fmt.Errorf("%s: %w", packLabel(p.id), err)
@@ -348,15 +385,15 @@ func (w *reader) run(ctx context.Context, u run, fn func(index int64, data []byt
 		if i == 0 || t.place != u.wants[i-1].place || t.id != u.wants[i-1].id {
 			lo := int64(t.place.Off) - u.off()
 			if t.end()-u.off() > int64(n) {
-				w.d.r.distrust(t.id)
+				f.d.r.distrust(t.id)
 				return &fault.CorruptError{Object: packLabel(p.id), Offset: int64(t.place.Off), Err: io.ErrUnexpectedEOF}
 			}
-			if w.plain, err = w.d.r.openRecord(w.w, w.plain, buf[lo:t.end()-u.off()], t.id, p, t.place); err != nil {
+			if w.plain, err = f.d.r.openRecord(w.w, w.plain, buf[lo:t.end()-u.off()], t.id, p, t.place); err != nil {
 				return err
 			}
 		}
-		if want := w.d.extent(t.index).Len; int64(len(w.plain)) != want {
-			return fault.Corrupt("manifest "+string(w.d.id[:8]), -1, "chunk %d is %d bytes long, want %d", t.index, len(w.plain), want)
+		if want := f.d.extent(t.index).Len; int64(len(w.plain)) != want {
+			return fault.Corrupt("manifest "+string(f.d.id[:8]), -1, "chunk %d is %d bytes long, want %d", t.index, len(w.plain), want)
 		}
 		if err := fn(t.index, w.plain); err != nil {
 			return err
@@ -366,9 +403,9 @@ func (w *reader) run(ctx context.Context, u run, fn func(index int64, data []byt
 }
 
 // single reads chunk by chunk what moved since it was located.
-func (w *reader) single(ctx context.Context, u run, fn func(index int64, data []byte) error) error {
+func (f *fetch) single(ctx context.Context, w *decoder, u run, fn func(index int64, data []byte) error) error {
 	for _, t := range u.wants {
-		plain, err := w.d.r.readChunk(ctx, w.w, t.id, w.d.extent(t.index).Len)
+		plain, err := f.d.r.readChunk(ctx, w.w, t.id, f.d.extent(t.index).Len)
 		if err != nil {
 			return err
 		}

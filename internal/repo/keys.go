@@ -256,6 +256,15 @@ func (w *wrappedKey) unwrap(name string, id [16]byte, k Key) (master seal.Key, e
 
 // readObject reads a whole object that is small or whose size was checked.
 func readObject(ctx context.Context, st blob.Store, name string) ([]byte, error) {
+	// Most are small: one request gets them whole, and says so.
+	first := make([]byte, 16<<10)
+	k, err := st.ReadAt(ctx, name, first, 0)
+	if errors.Is(err, io.EOF) {
+		return bytes.Clone(first[:k]), nil
+	}
+	if err != nil {
+		return nil, err
+	}
 	n, err := st.Size(ctx, name)
 	if err != nil {
 		return nil, err
@@ -263,8 +272,13 @@ func readObject(ctx context.Context, st blob.Store, name string) ([]byte, error)
 	if n > object.MaxBytes {
 		return nil, fault.Corrupt(name, -1, "%d bytes are too many", n)
 	}
-	b := make([]byte, n)
-	k, err := st.ReadAt(ctx, name, b, 0)
+	b := make([]byte, max(n, int64(k)))
+	copy(b, first)
+	if n > int64(k) {
+		var rest int
+		rest, err = st.ReadAt(ctx, name, b[k:], int64(k))
+		k += rest
+	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}

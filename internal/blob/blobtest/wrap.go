@@ -60,6 +60,8 @@ type hooked struct {
 	seen map[Op]int
 }
 
+func (w *hooked) ReadShape() blob.ReadShape { return blob.ShapeOf(w.Store) }
+
 // before says whether to make the call, and with which error to end it.
 func (w *hooked) before(op Op, name string) (apply bool, err error) {
 	w.mu.Lock()
@@ -176,6 +178,8 @@ func (s *counted) asLocker() blob.Store {
 	}
 	return s
 }
+
+func (s *counted) ReadShape() blob.ReadShape { return blob.ShapeOf(s.Store) }
 
 func (s *counted) add(err error, put, read int64) {
 	if err != nil && err != io.EOF {

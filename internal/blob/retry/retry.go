@@ -65,6 +65,9 @@ type store struct {
 	o Options
 }
 
+// ReadShape implements blob.ReadShaper: that of the store underneath.
+func (s *store) ReadShape() blob.ReadShape { return blob.ShapeOf(s.Store) }
+
 func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)
 	defer t.Stop()

@@ -33,7 +33,10 @@ type Store struct {
 	at     Location
 }
 
-var _ blob.Store = (*Store)(nil)
+var (
+	_ blob.Store      = (*Store)(nil)
+	_ blob.ReadShaper = (*Store)(nil)
+)
 
 // key is the object's key in the bucket.
 func (s *Store) key(name string) (string, error) {
@@ -227,6 +230,9 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	}
 	return err
 }
+
+// ReadShape implements blob.ReadShaper: each request is a round trip, and paid.
+func (s *Store) ReadShape() blob.ReadShape { return blob.Remote }
 
 // String implements blob.Store.
 func (s *Store) String() string { return s.at.String() }

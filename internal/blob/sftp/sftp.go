@@ -132,8 +132,16 @@ func open(ctx context.Context, l Location, program string, create bool) (blob.St
 		}
 		return nil, fmt.Errorf("%s: %w", l, err)
 	}
-	// Not a blob.Locker: there is nothing to hold a lock with.
-	return struct{ blob.Store }{file.OpenFS(r, l.String())}, nil
+	return store{file.OpenFS(r, l.String())}, nil
+}
+
+// A store is no blob.Locker: there is nothing to hold a lock with.
+type store struct{ blob.Store }
+
+// ReadShape implements blob.ReadShaper. One connection carries all reads, and
+// each of them keeps many packets on their way already.
+func (store) ReadShape() blob.ReadShape {
+	return blob.ReadShape{Gap: 1 << 20, Run: 8 << 20, InFlight: 16, Memory: 128 << 20}
 }
 
 // dial starts ssh and speaks SFTP with what it reaches.
