@@ -150,13 +150,12 @@ func TestScatteredChunksAreReadManyAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	const step = 20 // chunks: more than what is rather read than skipped
-	st.trip = 50 * time.Millisecond
+	st.trip = 100 * time.Millisecond
 	d, err := r.OpenDisk(bg, point.ManifestID(p.Disks[0].Manifest))
 	if err != nil {
 		t.Fatal(err)
 	}
 	st.atOnce.Store(0)
-	began := time.Now()
 	var got atomic.Int64
 	err = d.Fetch(bg, extent.Extent{Len: d.Size()}, FetchOptions{Skip: func(i int64, _ chunk.ID) bool { return i%step != 0 }}, func(off int64, data []byte) error {
 		if !bytes.Equal(data, cut(content, off/testChunk)) {
@@ -165,15 +164,11 @@ func TestScatteredChunksAreReadManyAtOnce(t *testing.T) {
 		got.Add(1)
 		return nil
 	})
-	took := time.Since(began)
 	if want := (d.Chunks() + step - 1) / step; err != nil || got.Load() != want {
 		t.Fatalf("got %d of %d chunks: %v", got.Load(), want, err)
 	}
 	if got := st.atOnce.Load(); got < 32 || got > int64(blob.Remote.InFlight) {
 		t.Errorf("%d reads were under way at once", got)
-	}
-	if alone := time.Duration(got.Load()) * st.trip; took > alone/4 {
-		t.Errorf("%d reads of %v each took %v", got.Load(), st.trip, took)
 	}
 }
 

@@ -40,6 +40,21 @@ var classes = map[string]error{
 	"PermanentRedirect":     fault.ErrUnsupported,
 }
 
+// passing are those with status 400, which otherwise says that the request is
+// wrong and will be wrong again.
+var passing = map[string]bool{
+	"RequestTimeout":            true, // the body came too slowly
+	"IncompleteBody":            true,
+	"BadDigest":                 true, // it was changed on its way
+	"XAmzContentSHA256Mismatch": true,
+	"TooManyRequests":           true,
+	"Throttling":                true,
+	"ThrottlingException":       true,
+	"RequestLimitExceeded":      true,
+	"BandwidthLimitExceeded":    true,
+	"InternalError":             true,
+}
+
 // byStatus serves storages and proxies that answer without a code.
 var byStatus = map[int]error{
 	http.StatusNotFound:            fault.ErrNotFound,
@@ -66,6 +81,9 @@ func (s *Store) classify(ctx context.Context, name string, err error) error {
 	class, known := classes[reply.Code]
 	if !known {
 		class = byStatus[reply.StatusCode]
+	}
+	if class == nil && reply.StatusCode == http.StatusBadRequest && !passing[reply.Code] {
+		class = fault.ErrUnsupported
 	}
 	switch {
 	case class == errNoBucket:

@@ -9,9 +9,7 @@ package s3
 import (
 	"context"
 	"crypto/md5"
-	"crypto/rand"
 	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -239,45 +237,3 @@ func (s *Store) String() string { return s.at.String() }
 
 // Close implements blob.Store.
 func (s *Store) Close() error { return nil }
-
-// Probe tries with an object of its own whether this storage keeps the
-// promises of a blob.Store. It gives fault.ErrUnsupported, wrapped, if not.
-func (s *Store) Probe(ctx context.Context) error {
-	var random [8]byte
-	rand.Read(random[:])
-	name := "probe/" + hex.EncodeToString(random[:])
-	put := func(body string) error {
-		return s.Create(ctx, name, strings.NewReader(body), int64(len(body)))
-	}
-	if err := put("first"); err != nil {
-		return err
-	}
-	defer s.Delete(context.WithoutCancel(ctx), name)
-	lacks := func(what string) error {
-		return fmt.Errorf("%s %s, so two writers could not be kept apart: %w", s, what, fault.ErrUnsupported)
-	}
-	switch err := put("second"); {
-	case err == nil:
-		return lacks("overwrites an object that was to be created (If-None-Match: * is ignored)")
-	case !errors.Is(err, fault.ErrExists):
-		return err
-	}
-	p := make([]byte, 6)
-	if n, err := s.ReadAt(ctx, name, p, 0); err != io.EOF || string(p[:n]) != "first" {
-		if err != nil && err != io.EOF {
-			return err
-		}
-		return lacks("does not give back what was just stored")
-	}
-	listed := false
-	for o, err := range s.List(ctx, "probe/") {
-		if err != nil {
-			return err
-		}
-		listed = listed || o.Name == name
-	}
-	if !listed {
-		return lacks("does not list what was just stored")
-	}
-	return nil
-}

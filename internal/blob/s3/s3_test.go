@@ -1,16 +1,11 @@
 package s3
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
-	"go/build"
 	"io"
-	"net"
 	"net/http"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,65 +17,9 @@ import (
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/blob/blobtest"
 	"github.com/backstay/backstay/internal/blob/retry"
+	"github.com/backstay/backstay/internal/blob/s3/s3test"
 	"github.com/backstay/backstay/internal/fault"
 )
-
-const accessKey, secretKey = "backstay-test", "backstay-test-secret"
-
-// gateway starts versitygw, an S3 server over a directory, and ends it with t.
-func gateway(t *testing.T) (endpoint, dir string) {
-	t.Helper()
-	exe, err := exec.LookPath("versitygw")
-	if err != nil {
-		exe = filepath.Join(build.Default.GOPATH, "bin", "versitygw")
-		_, err = os.Stat(exe)
-	}
-	if err != nil {
-		if os.Getenv("BACKSTAY_MAY_NOT_SKIP") != "" {
-			t.Fatal("versitygw is not installed, and this test may not be skipped")
-		}
-		t.Skip("versitygw is not installed (scripts/need test)")
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	endpoint = l.Addr().String()
-	l.Close()
-	dir = t.TempDir()
-	cmd := exec.Command(exe, "--port", endpoint, "--quiet", "posix", dir)
-	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+accessKey, "ROOT_SECRET_KEY="+secretKey)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	for range 200 {
-		if c, err := net.Dial("tcp", endpoint); err == nil {
-			c.Close()
-			return endpoint, dir
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	t.Fatalf("versitygw did not start:\n%s", out.String())
-	return "", ""
-}
-
-var buckets atomic.Int64
-
-// bucket makes one. The server keeps buckets as directories.
-func bucket(t *testing.T, dir string) string {
-	t.Helper()
-	name := fmt.Sprintf("bucket%d", buckets.Add(1))
-	if err := os.Mkdir(dir+"/"+name, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return name
-}
 
 func open(t *testing.T, url string, wrap func(http.RoundTripper) http.RoundTripper) *Store {
 	t.Helper()
@@ -91,7 +30,7 @@ func open(t *testing.T, url string, wrap func(http.RoundTripper) http.RoundTripp
 	if l.Region == "" {
 		l.Region = "us-east-1"
 	}
-	st, err := Open(t.Context(), l, Options{Credentials: credentials.NewStaticV4(accessKey, secretKey, ""), Wrap: wrap})
+	st, err := Open(t.Context(), l, Options{Credentials: s3test.Credentials(), Wrap: wrap})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,17 +38,18 @@ func open(t *testing.T, url string, wrap func(http.RoundTripper) http.RoundTripp
 }
 
 func TestStore(t *testing.T) {
-	endpoint, dir := gateway(t)
+	g := s3test.Start(t)
+	endpoint := g.Endpoint
 	blobtest.Run(t, func(t *testing.T) blob.Store {
-		return open(t, "s3://"+endpoint+"/"+bucket(t, dir), nil)
+		return open(t, "s3://"+endpoint+"/"+g.Bucket(t), nil)
 	})
 	t.Run("under a prefix", func(t *testing.T) {
 		blobtest.Run(t, func(t *testing.T) blob.Store {
-			return open(t, "s3://"+endpoint+"/"+bucket(t, dir)+"/some/where", nil)
+			return open(t, "s3://"+endpoint+"/"+g.Bucket(t)+"/some/where", nil)
 		})
 	})
 	t.Run("probe", func(t *testing.T) {
-		st := open(t, "s3://"+endpoint+"/"+bucket(t, dir), nil)
+		st := open(t, "s3://"+endpoint+"/"+g.Bucket(t), nil)
 		if err := st.Probe(t.Context()); err != nil {
 			t.Error(err)
 		}
@@ -128,12 +68,12 @@ func TestStore(t *testing.T) {
 		}
 	})
 	t.Run("a wrong secret", func(t *testing.T) {
-		l, err := ParseURL("s3://" + endpoint + "/" + bucket(t, dir) + "?region=us-east-1")
+		l, err := ParseURL("s3://" + endpoint + "/" + g.Bucket(t) + "?region=us-east-1")
 		if err != nil {
 			t.Fatal(err)
 		}
 		const wrong = "not-the-secret"
-		st, err := Open(t.Context(), l, Options{Credentials: credentials.NewStaticV4(accessKey, wrong, "")})
+		st, err := Open(t.Context(), l, Options{Credentials: credentials.NewStaticV4(s3test.AccessKey, wrong, "")})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -143,13 +83,13 @@ func TestStore(t *testing.T) {
 		}
 	})
 	t.Run("a bucket that is shared", func(t *testing.T) {
-		name := bucket(t, dir)
+		name := g.Bucket(t)
 		st := open(t, "s3://"+endpoint+"/"+name, nil)
 		r, n := blobtest.Body([]byte("x"))
 		if err := st.Put(t.Context(), "ours", r, n); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(dir+"/"+name+"/Not Ours.txt", nil, 0o644); err != nil {
+		if err := os.WriteFile(g.Dir(name)+"/Not Ours.txt", nil, 0o644); err != nil {
 			t.Fatal(err)
 		}
 		if names, err := blobtest.Names(t.Context(), st, ""); err != nil || len(names) != 1 {
@@ -158,7 +98,7 @@ func TestStore(t *testing.T) {
 	})
 	t.Run("trouble on every third request", func(t *testing.T) {
 		blobtest.Run(t, func(t *testing.T) blob.Store {
-			st := open(t, "s3://"+endpoint+"/"+bucket(t, dir), func(rt http.RoundTripper) http.RoundTripper { return &troubled{RoundTripper: rt} })
+			st := open(t, "s3://"+endpoint+"/"+g.Bucket(t), func(rt http.RoundTripper) http.RoundTripper { return &troubled{RoundTripper: rt} })
 			return retry.Wrap(st, retry.Options{First: time.Millisecond, Longest: 5 * time.Millisecond})
 		})
 	})
@@ -271,6 +211,23 @@ func TestAStorageThatIgnoresConditionsIsRefused(t *testing.T) {
 	}
 }
 
+// A cache between us and the storage, or in it, must not pass for one that
+// shows every writer what the others did.
+func TestAStorageThatAnswersWithThePastIsRefused(t *testing.T) {
+	g := s3test.Start(t)
+	for name, stale := range map[string]func(*http.Request) bool{
+		"lists":        s3test.IsList,
+		"reads":        func(r *http.Request) bool { return r.Method == http.MethodGet && !s3test.IsList(r) },
+		"missing ones": func(r *http.Request) bool { return r.Method == http.MethodGet },
+	} {
+		at := s3test.Proxy(t, g.Endpoint, func(r *http.Request) s3test.Fault { return s3test.Fault{Stale: stale(r)} })
+		st := open(t, "s3://"+at+"/"+g.Bucket(t), nil)
+		if err := st.Probe(t.Context()); !errors.Is(err, fault.ErrUnsupported) {
+			t.Errorf("stale %s: %v", name, err)
+		}
+	}
+}
+
 func TestClasses(t *testing.T) {
 	for _, c := range []struct {
 		status int
@@ -283,6 +240,8 @@ func TestClasses(t *testing.T) {
 		{400, "QuotaExceeded", fault.ErrNoSpace},
 		{412, "PreconditionFailed", fault.ErrExists},
 		{501, "NotImplemented", fault.ErrUnsupported},
+		{400, "InvalidArgument", fault.ErrUnsupported},
+		{400, "AuthorizationHeaderMalformed", fault.ErrUnsupported},
 	} {
 		st := with(t, func(*http.Request) (*http.Response, error) {
 			body := ""
@@ -294,6 +253,29 @@ func TestClasses(t *testing.T) {
 		r, n := blobtest.Body([]byte("x"))
 		if err := st.Create(t.Context(), "a", r, n); !errors.Is(err, c.want) {
 			t.Errorf("%d %s: %v", c.status, c.code, err)
+		}
+	}
+}
+
+// What may end otherwise the next time is in no class, so blob/retry goes on.
+func TestWhatPasses(t *testing.T) {
+	for _, c := range []struct {
+		status int
+		code   string
+	}{
+		{503, "SlowDown"}, {503, ""}, {500, "InternalError"}, {502, ""}, {504, ""}, {429, "TooManyRequests"}, {429, ""}, {408, ""},
+		{400, "RequestTimeout"}, {400, "BadDigest"}, {400, "IncompleteBody"}, {409, "ConditionalRequestConflict"}, {409, "OperationAborted"},
+	} {
+		n := 0
+		st := retry.Wrap(with(t, func(*http.Request) (*http.Response, error) {
+			if n++; n > 2 {
+				return reply(200, ""), nil
+			}
+			return reply(c.status, "<Error><Code>"+c.code+"</Code><Message>no</Message></Error>"), nil
+		}), retry.Options{First: time.Microsecond})
+		r, size := blobtest.Body([]byte("x"))
+		if err := st.Create(t.Context(), "a", r, size); err != nil || n != 3 {
+			t.Errorf("%d %s: %v after %d requests", c.status, c.code, err, n)
 		}
 	}
 }
