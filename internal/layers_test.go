@@ -20,7 +20,7 @@ import (
 var layers = []string{
 	"extent chunk vm fault secret api",
 	"point",
-	"retention blob image nbd wsman volume lab keycommand",
+	"retention blob image nbd wsman volume lab",
 	"hypervisor guestfs",
 	"repo",
 	"vdisk backup",

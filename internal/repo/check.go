@@ -82,13 +82,21 @@ func (r *Repository) Check(ctx context.Context, o CheckOptions) (CheckReport, er
 	}
 	c := &check{r: r, o: o, h: h, bad: map[index.Key]int{}, badPages: map[pageRef]int{}, badFiles: map[manifest.ID]int{},
 		frames: map[int]bool{}, damaged: newQuarantine(), whole: map[[32]byte]bool{}}
-	for _, f := range h.findings {
-		c.frames[c.find(f)] = true
-	}
-	for _, step := range []func(context.Context) error{c.inventory, c.scrub, c.blame} {
-		if err := step(ctx); err != nil {
-			return c.report, err
+	said := 0
+	for _, step := range []func(context.Context) error{nil, c.inventory, c.scrub, c.blame} {
+		if step != nil {
+			if err := step(ctx); err != nil {
+				return c.report, err
+			}
 		}
+		// What was found out about the caches: by loading them, and since.
+		h.mu.RLock()
+		findings := h.findings[said:]
+		h.mu.RUnlock()
+		for _, f := range findings {
+			c.frames[c.find(f)] = true
+		}
+		said += len(findings)
 	}
 	c.sortOut()
 	if c.o.Scrub {
@@ -156,7 +164,7 @@ func (c *check) sortOut() {
 	var needed []Finding
 	for i, f := range c.report.Findings {
 		id, ok := parsePackName(f.Object)
-		n, held := c.h.byID[id]
+		n, held := c.h.number(id)
 		if ok && len(f.Hits) == 0 && (!held || int(n) < len(c.used) && !c.used[n] || !c.frames[i]) {
 			c.report.Unneeded = append(c.report.Unneeded, f)
 		} else {
@@ -193,7 +201,7 @@ func (c *check) inventory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	c.report.Packs = int64(len(c.h.byID))
+	c.report.Packs = c.h.there()
 	c.used = make([]bool, len(c.h.packs))
 	c.report.Chunks = c.h.table.Len()
 	for i := range c.h.packs {
@@ -207,7 +215,9 @@ func (c *check) inventory(ctx context.Context) error {
 	for _, rec := range c.recs {
 		for _, s := range rec.clear.Records {
 			if id, err := hexID(s); err == nil {
-				c.present(id, pointPrefix+rec.name, -1)
+				if err := c.present(ctx, id, pointPrefix+rec.name, -1); err != nil {
+					return err
+				}
 			}
 		}
 	}
@@ -229,7 +239,9 @@ func (c *check) inventory(ctx context.Context) error {
 				return nil
 			}
 			for _, id := range ids {
-				c.present(id, name, -1)
+				if err := c.present(ctx, id, name, -1); err != nil {
+					return err
+				}
 			}
 			return nil
 		},
@@ -257,17 +269,23 @@ func offsetOf(err error) int64 {
 	return -1
 }
 
-// present looks whether chunk id, that the object by needs, is in a pack.
-func (c *check) present(id chunk.ID, by string, off int64) {
+// present looks whether chunk id, that the object by needs, is in a pack. Where
+// it cannot find out it gives an error.
+func (c *check) present(ctx context.Context, id chunk.ID, by string, off int64) error {
 	k := index.KeyOf(id)
 	if _, known := c.bad[k]; known {
-		return
+		return nil
 	}
-	at, p, ok := c.h.find(id)
+	at, p, ok, err := c.r.findIn(ctx, c.h, id)
+	if err != nil {
+		return err
+	}
 	e := pack.Entry{Off: at.Off, CLen: at.CLen}
-	if ok && int(at.Pack) < len(c.used) { // others are newer than this check
-		c.used[at.Pack] = true
+	c.h.mu.RLock()
+	if n, held := c.h.number(p.id); ok && held && int(n) < len(c.used) { // others are newer than this check
+		c.used[n] = true
 	}
+	c.h.mu.RUnlock()
 	switch {
 	case !ok:
 		c.blind = true
@@ -285,6 +303,7 @@ func (c *check) present(id chunk.ID, by string, off int64) {
 		err := fault.Corrupt(packLabel(p.id), int64(at.Off), "an earlier check found this record damaged")
 		c.blameChunk(k, c.find(Finding{Object: p.name(), Offset: int64(at.Off), Err: err}))
 	}
+	return nil
 }
 
 // blame names the parts of restore points that the findings hit.

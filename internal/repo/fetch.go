@@ -151,28 +151,66 @@ func (r *Repository) locate(ctx context.Context, wants []want) (*holdings, error
 	if err != nil {
 		return nil, err
 	}
-	for reloaded := false; ; reloaded = true {
-		err := h.locate(wants)
-		if err == nil || reloaded {
-			return h, err
+	for reloaded := false; ; {
+		lookup := h.locate(ctx, wants)
+		if lookup == nil {
+			return h, nil
+		}
+		if part := (*index.PartError)(nil); errors.As(lookup, &part) {
+			if h, err = r.mend(ctx, h, lookup); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if lie := (*beyondError)(nil); errors.As(lookup, &lie) {
+			elsewhere, err := r.correct(ctx, h, lie.id, lie.at)
+			if err != nil || !elsewhere {
+				r.distrust(lie.id)
+				return nil, errors.Join(lookup, err)
+			}
+			if h, err = r.held(ctx); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		if reloaded {
+			return h, lookup
 		}
 		// Another process may have stored it, or moved it, since we looked.
 		if h, err = r.reload(ctx, h); err != nil {
 			return nil, err
 		}
+		reloaded = true
 	}
 }
 
-func (h *holdings) locate(wants []want) error {
+func (h *holdings) locate(ctx context.Context, wants []want) error {
+	keys := make([]index.Key, len(wants))
 	for i := range wants {
-		p, in, ok := h.find(wants[i].id)
-		if !ok {
+		keys[i] = index.KeyOf(wants[i].id)
+	}
+	keys = index.SortKeys(keys)
+	found, err := h.table.Resolve(ctx, keys)
+	if err != nil {
+		return err
+	}
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	for i := range wants {
+		k := index.KeyOf(wants[i].id)
+		n, _ := slices.BinarySearchFunc(keys, k, func(a, b index.Key) int { return a.Compare(&b) })
+		if !found[n].OK {
 			return fmt.Errorf("chunk %s: in no pack: %w", wants[i].id.Short(), fault.ErrCorrupt)
 		}
+		wants[i].place = found[n].Place
+		in := &h.packs[wants[i].place.Pack]
 		if in.state == packMissing {
 			return fmt.Errorf("chunk %s: %w", wants[i].id.Short(), fault.Corrupt(packLabel(in.id), -1, "it is not in the store"))
 		}
-		wants[i].place = p
+		// No length is believed that the pack cannot hold.
+		if wants[i].end() > in.bytes {
+			return &beyondError{wants[i].id, wants[i].place, &fault.CorruptError{Object: packLabel(in.id), Offset: int64(wants[i].place.Off), Err: io.ErrUnexpectedEOF}}
+		}
 	}
 	return nil
 }
@@ -384,11 +422,12 @@ func (f *fetch) run(ctx context.Context, u run, fn func(index int64, data []byte
 		t := &u.wants[i]
 		if i == 0 || t.place != u.wants[i-1].place || t.id != u.wants[i-1].id {
 			lo := int64(t.place.Off) - u.off()
-			if t.end()-u.off() > int64(n) {
-				f.d.r.distrust(t.id)
-				return &fault.CorruptError{Object: packLabel(p.id), Offset: int64(t.place.Off), Err: io.ErrUnexpectedEOF}
+			rec := buf[min(lo, int64(n)):min(t.end()-u.off(), int64(n))]
+			if w.plain, err = f.d.r.openRecord(w.w, w.plain, rec, t.id, p, t.place); errors.Is(err, fault.ErrCorrupt) {
+				// Perhaps it is only the index that is wrong.
+				w.plain, err = f.d.r.readChunk(ctx, w.w, t.id, f.d.extent(t.index).Len)
 			}
-			if w.plain, err = f.d.r.openRecord(w.w, w.plain, buf[lo:t.end()-u.off()], t.id, p, t.place); err != nil {
+			if err != nil {
 				return err
 			}
 		}
@@ -439,11 +478,15 @@ func (r *Repository) distrust(id chunk.ID) {
 // readChunk reads one chunk of want bytes, in new memory.
 func (r *Repository) readChunk(ctx context.Context, w *pack.Worker, id chunk.ID, bytes int64) ([]byte, error) {
 	for try := 0; ; try++ {
-		h, err := r.locate(ctx, []want{{id: id}})
+		wants := []want{{id: id}}
+		h, err := r.locate(ctx, wants)
 		if err != nil {
 			return nil, err
 		}
-		at, p, _ := h.find(id) // locate found it
+		at := wants[0].place
+		h.mu.RLock()
+		p := h.packs[at.Pack]
+		h.mu.RUnlock()
 		buf := make([]byte, pack.RecordOverhead+int64(at.CLen))
 		n, err := r.st.ReadAt(ctx, p.name(), buf, int64(at.Off))
 		switch {
@@ -455,11 +498,17 @@ func (r *Repository) readChunk(ctx context.Context, w *pack.Worker, id chunk.ID,
 			continue
 		case err != nil && !errors.Is(err, io.EOF):
 			return nil, fmt.Errorf("%s: %w", packLabel(p.id), err)
-		case n < len(buf):
-			r.distrust(id)
-			return nil, &fault.CorruptError{Object: packLabel(p.id), Offset: int64(at.Off), Err: io.ErrUnexpectedEOF}
 		}
-		plain, err := r.openRecord(w, nil, buf, id, p, at)
+		plain, err := r.openRecord(w, nil, buf[:n], id, p, at)
+		if errors.Is(err, fault.ErrCorrupt) && try == 0 {
+			elsewhere, cerr := r.correct(ctx, h, id, at)
+			if cerr != nil {
+				return nil, errors.Join(err, cerr)
+			}
+			if elsewhere {
+				continue
+			}
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -5,8 +5,11 @@ import (
 	"encoding/hex"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"sync"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
@@ -20,6 +23,9 @@ const (
 	indexPrefix = "idx/l0/"
 )
 
+// adoptAtOnce is how many trailers are read at the same time.
+const adoptAtOnce = 16
+
 // packState says how far a pack can be relied on.
 type packState uint8
 
@@ -31,9 +37,11 @@ const (
 
 // heldPack is a pack as the store has it.
 type heldPack struct {
-	id    [32]byte
-	bytes int64
-	state packState
+	id      [32]byte
+	bytes   int64
+	state   packState
+	indexed bool // some index object names it
+	fresh   bool // what is in it is in memory, or was
 }
 
 func (p *heldPack) name() string { return packName(p.id) }
@@ -66,16 +74,63 @@ type holdings struct {
 
 	mu       sync.RWMutex
 	packs    []heldPack
-	byID     map[[32]byte]uint32
-	orphans  []index.Pack       // sound packs that no index names yet
-	bad      map[index.Key]bool // chunks that turned out to be damaged
-	indexes  []blob.Object      // index objects that were read
-	findings []Finding          // what was wrong with the caches
-	planned  map[string]bool    // objects that a committed vacuum deletes
+	listed   int                 // the first of packs, in the order of their ids
+	others   map[[32]byte]uint32 // the numbers of the rest
+	orphans  []index.Pack        // sound packs that no index names yet
+	bad      map[index.Key]bool  // chunks that turned out to be damaged
+	indexes  []blob.Object       // flat index objects that were read
+	strays   []string            // objects beside runs that belong to none
+	findings []Finding           // what was wrong with the caches
+	planned  map[string]bool     // objects that a committed vacuum deletes
 
 	quarantine quarantine
 
-	table *index.Table
+	table *index.Set
+
+	mendMu sync.Mutex      // held while a damaged part of a run is replaced from trailers
+	mended map[string]bool // parts for which that was done
+}
+
+func newHoldings() *holdings {
+	h := &holdings{others: map[[32]byte]uint32{}, mended: map[string]bool{}, bad: map[index.Key]bool{}, planned: map[string]bool{}, quarantine: newQuarantine()}
+	h.table = index.NewSet(h.rank)
+	return h
+}
+
+// number gives the number of a pack that is in the store or that an index
+// names. It is asked with h.mu held, or while nothing is added.
+func (h *holdings) number(id [32]byte) (uint32, bool) {
+	n, ok := slices.BinarySearchFunc(h.packs[:h.listed], id, func(p heldPack, id [32]byte) int { return compareIDs(p.id, id) })
+	if ok {
+		return uint32(n), true
+	}
+	late, ok := h.others[id]
+	return late, ok
+}
+
+// list adds a pack of the store while the holdings are loaded.
+func (h *holdings) list(p heldPack) {
+	n := len(h.packs)
+	h.packs = append(h.packs, p)
+	if n == h.listed && (n == 0 || compareIDs(h.packs[n-1].id, p.id) < 0) {
+		h.listed++
+	} else {
+		h.others[p.id] = uint32(n)
+	}
+}
+
+// name gives the number of a pack that an index names with that length. It is
+// asked with h.mu held, or while the holdings are loaded.
+func (h *holdings) name(id [32]byte, bytes uint32) uint32 {
+	n, ok := h.number(id)
+	if !ok {
+		n = uint32(len(h.packs))
+		h.others[id] = n
+		h.packs = append(h.packs, heldPack{id: id, state: packMissing})
+	} else if hp := &h.packs[n]; hp.state == packSound && hp.bytes < int64(bytes) {
+		hp.state = packDamaged
+	}
+	return n
 }
 
 // held gives the holdings and loads them first where that is still to do.
@@ -115,7 +170,7 @@ func (r *Repository) reload(ctx context.Context, old *holdings) (*holdings, erro
 // load reads vacuum/ first: whatever a vacuum does after that, a session
 // will see another list there and load again.
 func (r *Repository) load(ctx context.Context) (*holdings, error) {
-	h := &holdings{byID: map[[32]byte]uint32{}, bad: map[index.Key]bool{}, planned: map[string]bool{}, quarantine: newQuarantine(), table: new(index.Table)}
+	h := newHoldings()
 	vs, err := r.vacuums(ctx)
 	if err != nil {
 		return nil, err
@@ -135,29 +190,34 @@ func (r *Repository) load(ctx context.Context) (*holdings, error) {
 			return nil, err
 		}
 		if id, ok := parsePackName(o.Name); ok && !h.planned[o.Name] {
-			h.byID[id] = uint32(len(h.packs))
-			h.packs = append(h.packs, heldPack{id: id, bytes: o.Bytes})
+			h.list(heldPack{id: id, bytes: o.Bytes})
 		}
 	}
 	if err := r.loadQuarantine(ctx, h); err != nil {
 		return nil, err
 	}
-	indexed, err := r.loadIndexes(ctx, h)
-	if err != nil {
+	if err := r.loadIndexes(ctx, h); err != nil {
 		return nil, err
 	}
-	return h, r.adopt(ctx, h, indexed)
+	if err := r.loadRuns(ctx, h); err != nil {
+		return nil, err
+	}
+	return h, r.adopt(ctx, h)
 }
 
-// loadIndexes reads all index objects. What a later one says of a chunk wins:
-// it may be a healed copy.
-func (r *Repository) loadIndexes(ctx context.Context, h *holdings) (indexed map[[32]byte]bool, err error) {
-	indexed = map[[32]byte]bool{}
+// loadIndexes reads all flat index objects. What a later one says of a chunk
+// wins: it may be a healed copy.
+func (r *Repository) loadIndexes(ctx context.Context, h *holdings) error {
 	for o, err := range r.st.List(ctx, indexPrefix) {
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if h.planned[o.Name] {
+			continue
+		}
+		if r.noFlat.Load() {
+			h.indexes = append(h.indexes, o)
+			h.findings = append(h.findings, badIndex(o.Name, errors.New("it or another one like it is wrong about where a chunk lies")))
 			continue
 		}
 		b, err := readObject(ctx, r.st, o.Name)
@@ -165,13 +225,12 @@ func (r *Repository) loadIndexes(ctx context.Context, h *holdings) (indexed map[
 			continue // a vacuum was faster
 		}
 		if err != nil && !errors.Is(err, fault.ErrCorrupt) {
-			return nil, err
+			return err
 		}
 		if err == nil {
 			err = index.Decode(r.id, b, func(p index.Pack) error {
 				if !h.planned[packName(p.ID)] {
-					indexed[p.ID] = true
-					h.add(p)
+					h.packs[h.add(p)].indexed = true
 				}
 				return nil
 			})
@@ -181,36 +240,85 @@ func (r *Repository) loadIndexes(ctx context.Context, h *holdings) (indexed map[
 		}
 		h.indexes = append(h.indexes, o)
 	}
-	return indexed, nil
+	return nil
 }
 
 // adopt takes in the packs that no index names: those of a writer that died,
 // or of an index object that is lost.
-func (r *Repository) adopt(ctx context.Context, h *holdings, indexed map[[32]byte]bool) error {
-	for _, p := range h.packs[:len(h.packs):len(h.packs)] {
-		if indexed[p.id] {
-			continue
+func (r *Repository) adopt(ctx context.Context, h *holdings) error {
+	var from []uint32
+	for n, p := range h.packs {
+		if !p.indexed && p.state != packMissing {
+			from = append(from, uint32(n))
 		}
-		entries, err := r.readEntries(ctx, p)
-		if errors.Is(err, fault.ErrNotFound) {
-			continue
+	}
+	return r.trailers(ctx, h, from, func(n uint32, ip index.Pack, evidence error) {
+		h.add(ip)
+		if evidence == nil {
+			h.orphans = append(h.orphans, ip)
 		}
-		if err != nil && !errors.Is(err, fault.ErrCorrupt) {
+	})
+}
+
+// trailers reads the trailers of packs, several at once, and calls fn with what
+// is in them, in order. Evidence is why a pack counts as damaged from now on;
+// packs that are gone are passed over.
+func (r *Repository) trailers(ctx context.Context, h *holdings, packs []uint32, fn func(n uint32, ip index.Pack, evidence error)) error {
+	type trailer struct {
+		p       heldPack
+		entries []pack.Entry
+		err     error
+	}
+	read := make([]trailer, adoptAtOnce)
+	for len(packs) > 0 {
+		some := packs[:min(adoptAtOnce, len(packs))]
+		packs = packs[len(some):]
+		h.mu.RLock()
+		for i, n := range some {
+			read[i] = trailer{p: h.packs[n]}
+		}
+		h.mu.RUnlock()
+		g, ctx := errgroup.WithContext(ctx)
+		for i := range some {
+			g.Go(func() error {
+				t := &read[i]
+				t.entries, t.err = r.readEntries(ctx, t.p)
+				if t.err == nil || errors.Is(t.err, fault.ErrNotFound) || errors.Is(t.err, fault.ErrCorrupt) {
+					return nil
+				}
+				return t.err
+			})
+		}
+		if err := g.Wait(); err != nil {
 			return err
 		}
-		if err != nil {
-			h.findings = append(h.findings, Finding{Object: p.name(), Offset: -1, Err: err})
-		}
-		ip := indexPack(p.id, p.bytes, entries)
-		if err != nil {
-			h.packs[h.byID[p.id]].state = packDamaged
-		}
-		h.add(ip)
-		if err == nil {
-			h.orphans = append(h.orphans, ip)
+		for i, n := range some {
+			t := &read[i]
+			if errors.Is(t.err, fault.ErrNotFound) {
+				continue
+			}
+			if t.err != nil {
+				h.mu.Lock()
+				h.findings = append(h.findings, Finding{Object: t.p.name(), Offset: -1, Err: t.err})
+				h.packs[n].state = packDamaged
+				h.mu.Unlock()
+			}
+			fn(n, indexPack(t.p.id, t.p.bytes, t.entries), t.err)
 		}
 	}
 	return nil
+}
+
+// there is how many packs are in the store.
+func (h *holdings) there() (n int64) {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	for i := range h.packs {
+		if h.packs[i].state != packMissing {
+			n++
+		}
+	}
+	return n
 }
 
 func indexPack(id [32]byte, bytes int64, entries []pack.Entry) index.Pack {
@@ -258,45 +366,65 @@ func (r *Repository) readPack(ctx context.Context, p heldPack) ([]byte, error) {
 }
 
 // add notes the records of p, which overrule what was known of them unless
-// that is to be relied on and p is not.
-func (h *holdings) add(p index.Pack) {
+// that is to be relied on and p is not. It gives the number of p.
+func (h *holdings) add(p index.Pack) uint32 {
+	h.mu.Lock()
+	n := h.name(p.ID, p.Bytes)
+	h.packs[n].fresh = true
+	h.mu.Unlock()
+	for _, e := range p.Entries {
+		h.insert(e.Key, index.Place{Pack: n, Off: e.Off, CLen: e.CLen})
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	n, ok := h.byID[p.ID]
-	if !ok {
-		n = uint32(len(h.packs))
-		h.byID[p.ID] = n
-		h.packs = append(h.packs, heldPack{id: p.ID, bytes: 0, state: packMissing})
-	} else if hp := &h.packs[n]; hp.state == packSound && hp.bytes < int64(p.Bytes) {
-		hp.state = packDamaged
+	if len(h.bad) > 0 {
+		for _, e := range p.Entries {
+			delete(h.bad, e.Key)
+		}
 	}
-	for _, e := range p.Entries {
-		at := index.Place{Pack: n, Off: e.Off, CLen: e.CLen}
-		h.table.Insert(e.Key, at, func(old index.Place) bool { return h.trust(at) <= h.trust(old) })
-		delete(h.bad, e.Key)
-	}
+	return n
 }
 
-// stores says whether a writer may refer to chunk id instead of storing it.
-func (h *holdings) stores(id chunk.ID) bool {
+func (h *holdings) insert(k index.Key, at index.Place) {
+	h.table.Insert(k, at, func(old index.Place) bool { return h.rank(at) <= h.rank(old) })
+}
+
+// rank is trust as the index wants it.
+func (h *holdings) rank(p index.Place) uint8 {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	return uint8(h.trust(p))
+}
+
+// stores says whether a writer may refer to chunk id instead of storing it. An
+// error may be for Repository.mend.
+func (h *holdings) stores(ctx context.Context, id chunk.ID) (bool, error) {
 	k := index.KeyOf(id)
-	p, ok := h.table.Lookup(k)
-	if !ok {
-		return false
-	}
+	p, ok, err := h.table.Lookup(ctx, k)
+	return ok && h.reliable(k, p), err
+}
+
+// storesFresh is stores as far as no object need be read.
+func (h *holdings) storesFresh(id chunk.ID) bool {
+	k := index.KeyOf(id)
+	p, ok := h.table.Fresh(k)
+	return ok && h.reliable(k, p)
+}
+
+func (h *holdings) reliable(k index.Key, p index.Place) bool {
 	h.mu.RLock()
 	defer h.mu.RUnlock()
 	return h.trust(p) == sound && !h.bad[k]
 }
 
-// find gives the place of chunk id.
-func (h *holdings) find(id chunk.ID) (p index.Place, in heldPack, ok bool) {
-	if p, ok = h.table.Lookup(index.KeyOf(id)); !ok {
-		return p, in, false
+// find gives the place of chunk id. An error may be for Repository.mend.
+func (h *holdings) find(ctx context.Context, id chunk.ID) (p index.Place, in heldPack, ok bool, err error) {
+	if p, ok, err = h.table.Lookup(ctx, index.KeyOf(id)); !ok {
+		return p, in, false, err
 	}
 	h.mu.RLock()
 	defer h.mu.RUnlock()
-	return p, h.packs[p.Pack], true
+	return p, h.packs[p.Pack], true, nil
 }
 
 // distrust makes the next writer store chunk id again.
@@ -314,9 +442,14 @@ func (r *Repository) publish(p index.Pack) {
 	if h == nil {
 		return // it will be found when somebody loads
 	}
+	h.take(p)
+}
+
+// take notes a pack that was just stored.
+func (h *holdings) take(p index.Pack) {
 	h.mu.Lock()
-	if _, ok := h.byID[p.ID]; !ok {
-		h.byID[p.ID] = uint32(len(h.packs))
+	if _, ok := h.number(p.ID); !ok {
+		h.others[p.ID] = uint32(len(h.packs))
 		h.packs = append(h.packs, heldPack{id: p.ID, bytes: int64(p.Bytes)})
 	}
 	h.mu.Unlock()

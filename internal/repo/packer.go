@@ -106,8 +106,8 @@ func (s *Session) store(ctx context.Context, sl *slot, w *pack.Worker, id chunk.
 	if err != nil {
 		return false, 0, err
 	}
-	if s.claim(h, id) {
-		return false, 0, nil
+	if known, err := s.claim(ctx, h, id); known || err != nil {
+		return false, 0, err
 	}
 	e, rec, err := w.Seal(id, plain, s.level > 0)
 	if err == nil {

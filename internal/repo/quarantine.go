@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -95,7 +96,7 @@ func (r *Repository) loadQuarantine(ctx context.Context, h *holdings) error {
 		for _, p := range note.Packs {
 			id, _ := hexID(p.Pack) // decodeQuarantine refuses others
 			h.quarantine.notes[name] = append(h.quarantine.notes[name], id)
-			n, ok := h.byID[id]
+			n, ok := h.number(id)
 			if !ok {
 				continue
 			}
@@ -193,7 +194,7 @@ func (c *check) note(ctx context.Context) error {
 	var healed []string
 	for name, packs := range known.notes {
 		over := func(id [32]byte) bool {
-			n, ok := c.h.byID[id]
+			n, ok := c.h.number(id)
 			return !ok || c.h.packs[n].state == packMissing || c.whole[id]
 		}
 		if len(packs) > 0 && !slices.ContainsFunc(packs, func(id [32]byte) bool { return !over(id) }) {
@@ -222,7 +223,7 @@ func (c *check) note(ctx context.Context) error {
 	return create(ctx, c.r.st, quarantinePrefix+id, b)
 }
 
-func compareIDs(a, b [32]byte) int { return slices.Compare(a[:], b[:]) }
+func compareIDs(a, b [32]byte) int { return bytes.Compare(a[:], b[:]) }
 
 // Doubtful are the chunks of the previous point, cut at within, that the
 // repository knows it may not be able to give back: damaged, or in a pack that
@@ -238,10 +239,11 @@ func (w *DiskWriter) Doubtful(ctx context.Context, within extent.Extent) (set ex
 		return set, err
 	}
 	err = w.prev.walk(ctx, first, end, func(i int64, id chunk.ID) error {
-		if !h.stores(id) {
+		stored, err := w.s.r.stores(ctx, h, id)
+		if err == nil && !stored {
 			set.Add(w.prev.extent(i).Intersect(within))
 		}
-		return nil
+		return err
 	})
 	return set, err
 }
@@ -250,7 +252,7 @@ func (w *DiskWriter) Doubtful(ctx context.Context, within extent.Extent) (set ex
 // be read.
 func (v *vacuum) planQuarantine(goes map[[32]byte]bool) {
 	stays := func(id [32]byte) bool {
-		n, ok := v.h.byID[id]
+		n, ok := v.h.number(id)
 		return ok && v.h.packs[n].state != packMissing && !goes[id]
 	}
 	for _, name := range slices.Sorted(maps.Keys(v.h.quarantine.notes)) {

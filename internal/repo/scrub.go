@@ -94,6 +94,8 @@ func (s *scrubber) object(ctx context.Context, o blob.Object) error {
 		return s.pack(ctx, id, o)
 	case strings.HasPrefix(o.Name, manifestPrefix):
 		return s.manifest(ctx, o)
+	case strings.HasPrefix(o.Name, runPrefix):
+		return s.run(ctx, o)
 	}
 	b, err := readObject(ctx, s.r.st, o.Name)
 	switch {
@@ -161,6 +163,28 @@ func (s *scrubber) manifest(ctx context.Context, o blob.Object) error {
 	return nil
 }
 
+// run reads a run of the index or one of its parts.
+func (s *scrubber) run(ctx context.Context, o blob.Object) error {
+	id, part, ok := parseRunName(o.Name)
+	if !ok {
+		return nil
+	}
+	var err error
+	if part < 0 {
+		err = index.VerifyRun(ctx, s.r.st, o.Name, o.Bytes, s.r.id, id)
+	} else {
+		err = index.VerifyPart(ctx, s.r.st, o.Name, o.Bytes, s.r.id, id, uint32(part))
+	}
+	switch {
+	case err == nil, errors.Is(err, fault.ErrNotFound):
+		return nil
+	case index.Damaged(err):
+		s.find(badIndex(o.Name, err))
+		return nil
+	}
+	return s.trouble(ctx, o.Name, err)
+}
+
 // pack reads a pack, a second time if it looks damaged, and finds out which of
 // its chunks are lost.
 func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
@@ -177,7 +201,7 @@ func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
 			if err := s.trouble(ctx, o.Name, err); err != nil {
 				return err
 			}
-			s.unreadable(p, err)
+			s.unreadable(ctx, p, err)
 			return nil
 		}
 		same := seal.Hash(data) == id
@@ -195,7 +219,7 @@ func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
 			good, damage = s.open(data, good, damage)
 		}
 		if len(damage) > 0 {
-			s.lost(p, good, damage)
+			s.lost(ctx, p, good, damage)
 		} else if s.o.ReadData {
 			s.mu.Lock()
 			s.whole[id] = true
@@ -236,7 +260,7 @@ func (s *scrubber) open(data []byte, good []pack.Entry, damage []pack.Damage) ([
 
 // lost makes a finding of the damage to a pack, and blames on it all chunks
 // that the index expects there and that are not among the good.
-func (s *scrubber) lost(p heldPack, good []pack.Entry, damage []pack.Damage) {
+func (s *scrubber) lost(ctx context.Context, p heldPack, good []pack.Entry, damage []pack.Damage) {
 	n, frame := 0, false
 	var records []uint32
 	for _, d := range damage {
@@ -248,7 +272,7 @@ func (s *scrubber) lost(p heldPack, good []pack.Entry, damage []pack.Damage) {
 			frame = true
 		}
 	}
-	records = append(records, s.blamePack(p, good, n)...)
+	records = append(records, s.blamePack(ctx, p, good, n)...)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.damaged.add(p.id, records...)
@@ -260,9 +284,9 @@ func (s *scrubber) lost(p heldPack, good []pack.Entry, damage []pack.Damage) {
 // unreadable blames all chunks in a pack on the error that reading it gave. It
 // goes into quarantine only if the medium itself is broken: other trouble may
 // pass.
-func (s *scrubber) unreadable(p heldPack, err error) {
+func (s *scrubber) unreadable(ctx context.Context, p heldPack, err error) {
 	n := s.find(Finding{Object: p.name(), Offset: -1, Err: err})
-	records := s.blamePack(p, nil, n)
+	records := s.blamePack(ctx, p, nil, n)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.frames[n] = true
@@ -273,8 +297,10 @@ func (s *scrubber) unreadable(p heldPack, err error) {
 
 // blamePack blames on finding n what the index expects in p and what is not
 // among the good, and gives the offsets of those records.
-func (s *scrubber) blamePack(p heldPack, good []pack.Entry, n int) (records []uint32) {
-	in, ok := s.h.byID[p.id]
+func (s *scrubber) blamePack(ctx context.Context, p heldPack, good []pack.Entry, n int) (records []uint32) {
+	s.h.mu.RLock()
+	in, ok := s.h.number(p.id)
+	s.h.mu.RUnlock()
 	if !ok {
 		return nil // nothing refers to it
 	}
@@ -282,10 +308,20 @@ func (s *scrubber) blamePack(p heldPack, good []pack.Entry, n int) (records []ui
 	for _, e := range good {
 		fine[e.Off] = index.KeyOf(e.ID)
 	}
-	for k, at := range s.h.table.All() {
-		if at.Pack == in && fine[at.Off] != k {
-			records = append(records, at.Off)
-			s.blameChunk(k, n)
+	for range loadTries {
+		records = nil
+		err := s.h.table.Each(ctx, func(k index.Key, at index.Place) error {
+			if at.Pack == in && fine[at.Off] != k {
+				records = append(records, at.Off)
+				s.blameChunk(k, n)
+			}
+			return nil
+		})
+		if err == nil {
+			break
+		}
+		if _, err := s.r.mend(ctx, s.h, err); err != nil {
+			break // what was seen is said; the index itself is a finding of its own
 		}
 	}
 	return records

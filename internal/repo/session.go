@@ -360,14 +360,18 @@ func (s *Session) writeRecords(ctx context.Context, points []*point.RestorePoint
 
 // claim says whether chunk id need not be stored; if not, it is from now on
 // this caller's to store.
-func (s *Session) claim(h *holdings, id chunk.ID) (known bool) {
+func (s *Session) claim(ctx context.Context, h *holdings, id chunk.ID) (known bool, err error) {
+	// What is read from the store is asked for without holding anybody up.
+	if known, err = s.r.stores(ctx, h, id); known || err != nil {
+		return known, err
+	}
 	k := index.KeyOf(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	// The order matters: a chunk enters the table before it leaves pending.
-	if s.pending[k] || h.stores(id) {
-		return true
+	if s.pending[k] || h.storesFresh(id) {
+		return true, nil
 	}
 	s.pending[k] = true
-	return false
+	return false, nil
 }

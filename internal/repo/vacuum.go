@@ -1,7 +1,6 @@
 package repo
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,16 +9,12 @@ import (
 	"syscall"
 
 	"github.com/backstay/backstay/internal/blob"
-	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
 	"github.com/backstay/backstay/internal/repo/internal/object"
 	"github.com/backstay/backstay/internal/repo/internal/pack"
 )
-
-// fewIndexes is how many index objects are not worth being joined.
-const fewIndexes = 8
 
 // VacuumOptions say how to vacuum.
 type VacuumOptions struct {
@@ -90,7 +85,7 @@ type vacuum struct {
 
 	dead, rewrite []uint32     // packs
 	fresh         []index.Pack // what was rewritten went here
-	reindexed     bool         // new index objects replace all that were read
+	replaced      []string     // index objects that are not needed any more
 	plan          []string     // to delete, in order
 }
 
@@ -248,10 +243,24 @@ func (v *vacuum) finishEarlier(ctx context.Context) error {
 	return nil
 }
 
-// mark finds out which chunks live.
+// mark finds out which chunks live. Where a part of the index turns out to be
+// damaged it begins again without that.
 func (v *vacuum) mark(ctx context.Context) error {
-	v.marks = v.h.table.NewMarks()
+	for {
+		err := v.tryMark(ctx)
+		if !index.Damaged(err) {
+			return err
+		}
+		if _, err := v.r.mend(ctx, v.h, err); err != nil {
+			return err
+		}
+	}
+}
+
+func (v *vacuum) tryMark(ctx context.Context) error {
+	v.marks = v.h.table.NewMarks(v.marked)
 	v.live, v.kept, v.stuck = make([]int64, len(v.h.packs)), make([]int64, len(v.h.packs)), make([]bool, len(v.h.packs))
+	v.homeless = 0
 	v.needs = needs{
 		r: v.r,
 		visit: func(id manifest.ID, f *manifest.File, i int) error {
@@ -260,7 +269,9 @@ func (v *vacuum) mark(ctx context.Context) error {
 				return manifestError(id, err)
 			}
 			for _, id := range ids {
-				v.markOne(id)
+				if err := v.marks.Mark(ctx, index.KeyOf(id)); err != nil {
+					return err
+				}
 			}
 			return nil
 		},
@@ -272,16 +283,20 @@ func (v *vacuum) mark(ctx context.Context) error {
 			if err != nil {
 				return &fault.CorruptError{Object: pointPrefix + rec.name, Offset: -1, Err: err}
 			}
-			v.markOne(id)
+			if err := v.marks.Mark(ctx, index.KeyOf(id)); err != nil {
+				return err
+			}
 		}
 	}
-	return v.needs.walk(ctx, v.recs)
+	if err := v.needs.walk(ctx, v.recs); err != nil {
+		return err
+	}
+	return v.marks.Flush(ctx)
 }
 
-// markOne keeps a chunk. One that is in no pack is lost already; that is for
+// marked keeps a chunk. One that is in no pack is lost already; that is for
 // Check to say.
-func (v *vacuum) markOne(id chunk.ID) {
-	p, known, fresh := v.marks.Mark(index.KeyOf(id))
+func (v *vacuum) marked(_ index.Key, p index.Place, known, fresh bool) error {
 	switch {
 	case !known || v.h.packs[p.Pack].state == packMissing:
 		v.homeless++
@@ -293,6 +308,7 @@ func (v *vacuum) markOne(id chunk.ID) {
 		v.live[p.Pack] += e.Bytes()
 		v.kept[p.Pack] += e.Bytes() + pack.EntryBytes
 	}
+	return nil
 }
 
 // copyLive writes what lives in packs that are mostly dead into new ones,
@@ -356,10 +372,20 @@ func (v *vacuum) liveRecords(ctx context.Context, n uint32) (data []byte, live [
 		return nil, nil, err
 	}
 	good, _ := pack.Scan(data, v.r.id)
+	keys := make([]index.Key, len(good))
+	for i, e := range good {
+		keys[i] = index.KeyOf(e.ID)
+	}
+	places, err := v.marks.Marked(ctx, keys)
+	if index.Damaged(err) {
+		err = fmt.Errorf("%w: %w", fault.ErrCorrupt, err)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
 	var bytes int64
 	for _, e := range good {
-		k := index.KeyOf(e.ID)
-		if at, ok := v.h.table.Lookup(k); ok && at.Pack == n && at.Off == e.Off && v.marks.Has(k) {
+		if at, ok := places[index.KeyOf(e.ID)]; ok && at.Pack == n && at.Off == e.Off {
 			live = append(live, e)
 			bytes += e.Bytes()
 		}
@@ -368,62 +394,6 @@ func (v *vacuum) liveRecords(ctx context.Context, n uint32) (data []byte, live [
 		return nil, nil, fault.Corrupt(packLabel(p.id), -1, "%d bytes of live records are readable, %d are needed", bytes, v.live[n])
 	}
 	return data, live, nil
-}
-
-// writeIndex writes index objects that name every pack that stays, and plans
-// to delete the old ones, if that is worth the while.
-func (v *vacuum) writeIndex(ctx context.Context) error {
-	changed := len(v.dead)+len(v.rewrite) > 0
-	if !changed && len(v.h.indexes) <= fewIndexes && len(v.h.orphans) == 0 && len(v.h.findings) == 0 {
-		return nil
-	}
-	v.reindexed = true
-	packs := append(v.staying(), v.fresh...)
-	for n := 0; len(packs) > 0; n++ {
-		k, bytes := 0, int64(0)
-		for k < len(packs) && (k == 0 || bytes < index.CutBytes) {
-			bytes += packs[k].EncodedBytes()
-			k++
-		}
-		if err := put(ctx, v.r.st, fmt.Sprintf("%s%s-%06d", indexPrefix, v.id, n), index.Encode(v.r.id, packs[:k])); err != nil {
-			return err
-		}
-		packs = packs[k:]
-	}
-	return nil
-}
-
-// staying are the sound packs that are not deleted, with what the table knows
-// to be in them. Of damaged ones the trailers speak again at the next load.
-func (v *vacuum) staying() []index.Pack {
-	goes := make([]bool, len(v.h.packs))
-	for _, n := range slices.Concat(v.dead, v.rewrite) {
-		goes[n] = true
-	}
-	counts := make([]int, len(v.h.packs))
-	for _, p := range v.h.table.All() {
-		counts[p.Pack]++
-	}
-	packs := make([]index.Pack, len(v.h.packs))
-	for i := range packs {
-		packs[i] = index.Pack{ID: v.h.packs[i].id, Bytes: uint32(v.h.packs[i].bytes)}
-		if !goes[i] {
-			packs[i].Entries = make([]index.Entry, 0, counts[i])
-		}
-	}
-	for k, p := range v.h.table.All() {
-		if !goes[p.Pack] {
-			packs[p.Pack].Entries = append(packs[p.Pack].Entries, index.Entry{Key: k, Off: p.Off, CLen: p.CLen})
-		}
-	}
-	out := packs[:0]
-	for i, p := range packs {
-		if !goes[i] && v.h.packs[i].state == packSound {
-			slices.SortFunc(p.Entries, func(a, b index.Entry) int { return cmp.Compare(a.Off, b.Off) })
-			out = append(out, p)
-		}
-	}
-	return out
 }
 
 // planRest lists everything that nobody needs, packs last.
@@ -463,11 +433,7 @@ func (v *vacuum) planRest(ctx context.Context) error {
 	for _, id := range v.sessions {
 		v.plan = append(v.plan, sessionPrefix+id)
 	}
-	if v.reindexed {
-		for _, o := range v.h.indexes {
-			v.plan = append(v.plan, o.Name)
-		}
-	}
+	v.plan = append(v.plan, v.replaced...)
 	goes := map[[32]byte]bool{}
 	for _, n := range slices.Concat(v.dead, v.rewrite) {
 		v.plan = append(v.plan, v.h.packs[n].name())

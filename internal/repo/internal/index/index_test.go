@@ -78,22 +78,8 @@ func TestTableAgreesWithAMap(t *testing.T) {
 			}
 			n++
 		}
-		m := table.NewMarks()
-		for k := range model {
-			if m.Has(k) {
-				t.Fatal("marked before")
-			}
-			if _, known, fresh := m.Mark(k); !known || !fresh || !m.Has(k) {
-				t.Fatal("not marked")
-			}
-			if _, _, fresh := m.Mark(k); fresh {
-				t.Fatal("marked twice")
-			}
-		}
-		k := key()
-		_, want := model[k]
-		if _, known, _ := m.Mark(k); known != want || n != len(model) {
-			t.Fatal("a stranger is marked")
+		if n != len(model) {
+			t.Fatalf("All gives %d chunks, want %d", n, len(model))
 		}
 	})
 }

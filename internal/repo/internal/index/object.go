@@ -24,6 +24,7 @@ const (
 var (
 	magic = []byte("BSTYIDX1")
 	le    = binary.LittleEndian
+	be    = binary.BigEndian
 )
 
 // An Entry is one record of a pack.
