@@ -20,7 +20,7 @@ import (
 var layers = []string{
 	"extent chunk vm fault secret api",
 	"point",
-	"retention blob image nbd wsman volume lab",
+	"retention blob image nbd wsman volume lab keycommand",
 	"hypervisor guestfs",
 	"repo",
 	"vdisk backup",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Restores one disk from a Backstay repository in a directory.
 
-    BACKSTAY_PASSWORD=… restore.py REPOSITORY                        lists restore points
+    BACKSTAY_PASSWORD=… restore.py REPOSITORY                        lists restore points (a recovery key will do)
     BACKSTAY_PASSWORD=… restore.py REPOSITORY VM/ID DISK OUTPUT      writes a raw image
 
 Written from docs/format alone and sharing no code with Backstay, to show that
@@ -138,9 +138,12 @@ def open_repository(password):
     ID, CHUNK = bytes.fromhex(conf["id"]), conf["chunk_bytes"]
     for name in names("keys"):
         k, _ = small(name)
-        if k["kind"] != "passphrase":
+        if k["kind"] not in ("passphrase", "recovery"):
             continue
-        kek = argon2id(password, bytes.fromhex(k["salt"]), k["passes"], k["memory_kib"], k["threads"])
+        typed = password
+        if k["kind"] == "recovery":
+            typed = password.upper().translate(bytes.maketrans(b"OIL", b"011"), b" -")
+        kek = argon2id(typed, bytes.fromhex(k["salt"]), k["passes"], k["memory_kib"], k["threads"])
         try:
             master = unseal(kek, bytes.fromhex(k["wrapped"]), b"backstay v1 key" + ID)
         except Exception:

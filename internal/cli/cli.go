@@ -30,13 +30,12 @@ type app struct {
 	stderr io.Writer // talk, progress, errors
 	getenv func(string) string
 
-	repoURL      string
-	passwordFile string
-	identityFile string
-	stateDir     string
-	json         bool
-	quiet        bool
-	verbose      bool
+	repoURL  string
+	cred     credentials
+	stateDir string
+	json     bool
+	quiet    bool
+	verbose  bool
 
 	// code is the exit code of a command that ended without an error: 0, or 4
 	// for done with warnings.
@@ -105,8 +104,8 @@ Every restore point is a full: it restores alone, whatever was read to make it.`
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	f := root.PersistentFlags()
 	f.StringVar(&a.repoURL, "repo", "", "repository: a path, s3://endpoint/bucket/prefix or sftp://user@host/path (or set BACKSTAY_REPO)")
-	f.StringVar(&a.passwordFile, "password-file", "", "file with the passphrase (or BACKSTAY_PASSWORD_FILE, BACKSTAY_PASSWORD, or a prompt)")
-	f.StringVar(&a.identityFile, "identity-file", "", "file with age identities that open the repository (or BACKSTAY_IDENTITY_FILE)")
+	a.cred.addFlags(f, "")
+	a.cred.addIdentityFlag(f, "")
 	f.StringVar(&a.stateDir, "state-dir", defaultStateDir(), "where the journal of what was made on hosts is kept")
 	f.BoolVar(&a.json, "json", false, "print results as JSON, one object per line in lists")
 	f.BoolVarP(&a.quiet, "quiet", "q", false, "no progress bars and no talk, only results and errors")

@@ -17,12 +17,11 @@ import (
 
 func (a *app) repoCmd() *cobra.Command {
 	return noun("repo", "make and care for a repository",
-		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoVacuumCmd())
+		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoVacuumCmd(), a.repoKeyCmd())
 }
 
 func (a *app) repoInitCmd() *cobra.Command {
-	var chunkBytes sizeFlag = chunk.DefaultBytes
-	var recipients []string
+	o := initOptions{chunkBytes: chunk.DefaultBytes}
 	cmd := &cobra.Command{
 		Use:   "init",
 		Short: "make an empty repository",
@@ -34,22 +33,69 @@ the ssh program and its configuration).
 
 Everything in it is encrypted. Whoever has the passphrase, or an identity for
 one of the recipients, can restore; nobody else can, and nothing can be
-restored once they are all lost.`,
+restored once they are all lost. --recovery-kit writes one more key, with what a
+restore needs, to print and lock away. More keys can be added and removed at any
+time with "backstay repo key".`,
 		Example: `  backstay repo init --repo /srv/backup --password-file /root/backstay.pass
+  backstay repo init --repo /srv/backup --recovery-kit kit.txt
   backstay repo init --repo s3://s3.example.com/backups/site-a
   backstay repo init --repo sftp://backup@nas.example.com/srv/backup
   backstay repo init --repo /srv/backup --recipient age1qyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqs3290gq`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.repoInit(cmd.Context(), int64(chunkBytes), recipients)
+			return a.repoInit(cmd.Context(), o)
 		},
 	}
-	cmd.Flags().Var(&chunkBytes, "chunk-size", "unit of deduplication, 64K to 4M")
-	cmd.Flags().StringArrayVar(&recipients, "recipient", nil, "age recipient that can open the repository; may be repeated")
+	f := cmd.Flags()
+	f.Var(&o.chunkBytes, "chunk-size", "unit of deduplication, 64K to 4M")
+	f.StringArrayVar(&o.recipients, "recipient", nil, "age recipient that can open the repository; may be repeated")
+	f.StringVar(&o.label, "label", "", "whose passphrase it is, for people; encrypted like all else")
+	f.StringVar(&o.kit, "recovery-kit", "", "make a recovery key too and write it, with what a restore needs, to this new file (- for stdout)")
 	return cmd
 }
 
-func (a *app) repoInit(ctx context.Context, chunkBytes int64, recipients []string) error {
+type initOptions struct {
+	chunkBytes sizeFlag
+	recipients []string
+	label      string
+	kit        string
+}
+
+// initKeys are the keys of a new repository but for the recovery kit.
+func (a *app) initKeys(o initOptions) (keys []repo.NewKey, err error) {
+	ids, err := a.identities(&a.cred)
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range o.recipients {
+		rec, err := age.ParseX25519Recipient(r)
+		if err != nil {
+			return nil, usage("--recipient %q: not an age X25519 recipient", r)
+		}
+		keys = append(keys, repo.NewKey{Recipient: rec, Identities: ids})
+	}
+	cmd, err := a.keeper(&a.cred)
+	if err != nil {
+		return nil, err
+	}
+	if cmd != nil {
+		keys = append(keys, repo.NewKey{Keeper: cmd})
+	}
+	if len(keys) == 0 || a.hasPassphrase(&a.cred) {
+		p, err := a.newPassphrase(&a.cred)
+		if err != nil {
+			return nil, err
+		}
+		keys = append(keys, repo.NewKey{Passphrase: p})
+	}
+	for i := range keys {
+		keys[i].Label = o.label
+	}
+	return keys, nil
+}
+
+func (a *app) repoInit(ctx context.Context, o initOptions) error {
+	chunkBytes := int64(o.chunkBytes)
 	if err := chunk.CheckBytes(chunkBytes); err != nil {
 		return usage("--chunk-size: %w", err)
 	}
@@ -57,25 +103,29 @@ func (a *app) repoInit(ctx context.Context, chunkBytes int64, recipients []strin
 	if err != nil {
 		return err
 	}
-	o := repo.InitOptions{ChunkBytes: chunkBytes}
-	for _, r := range recipients {
-		rec, err := age.ParseX25519Recipient(r)
-		if err != nil {
-			return usage("--recipient %q: not an age X25519 recipient", r)
-		}
-		o.Recipients = append(o.Recipients, rec)
+	keys, err := a.initKeys(o)
+	if err != nil {
+		return err
 	}
-	if len(recipients) == 0 || a.hasPassphrase() {
-		if o.Passphrase, err = a.newPassphrase(); err != nil {
+	k := &kit{app: a, to: o.kit}
+	if o.kit != "" {
+		nk, err := k.recoveryKey("recovery kit")
+		if err != nil {
 			return err
 		}
+		keys = append([]repo.NewKey{nk}, keys...)
 	}
 	st, err := a.createStore(ctx, at)
 	if err != nil {
 		return err
 	}
 	defer st.Close()
-	if err := repo.Init(ctx, st, o); err != nil {
+	k.repo = st.String()
+	err = repo.Init(ctx, st, repo.InitOptions{ChunkBytes: chunkBytes, Keys: keys})
+	if o.kit != "" {
+		k.end(err)
+	}
+	if err != nil {
 		return fmt.Errorf("repository %s: %w", st, err)
 	}
 	if a.json {
@@ -141,7 +191,7 @@ heals older points too. Nothing else is changed.`,
 // openCareful opens with a key if one is at hand or needed, without one
 // otherwise: an operator needs none to scrub and to vacuum.
 func (a *app) openCareful(ctx context.Context, needKey bool) (*repo.Repository, error) {
-	if needKey || a.hasPassphrase() || a.identityPath() != "" {
+	if needKey || a.atHand(&a.cred) {
 		return a.openRepo(ctx)
 	}
 	st, err := a.openStore(ctx)
@@ -336,7 +386,14 @@ func (a *app) printInfo(i repo.Info) {
 	fmt.Fprintf(w, "id\t%s\n", i.ID)
 	fmt.Fprintf(w, "format\t%d\n", i.Format)
 	fmt.Fprintf(w, "chunks of\t%s\n", sizeText(i.ChunkBytes))
-	fmt.Fprintf(w, "opened by\t%s, %s\n", plural(int64(i.Passphrases), "passphrase"), plural(int64(i.Recipients), "age recipient"))
+	fmt.Fprintf(w, "opened by\t%s, %s", plural(int64(i.Passphrases), "passphrase"), plural(int64(i.Recipients), "age recipient"))
+	if i.Recovery > 0 {
+		fmt.Fprintf(w, ", %s", plural(int64(i.Recovery), "recovery key"))
+	}
+	if i.Commands > 0 {
+		fmt.Fprintf(w, ", %s", plural(int64(i.Commands), "key command"))
+	}
+	fmt.Fprintln(w)
 	fmt.Fprintf(w, "restore points\t%d\n", i.Points)
 	if i.Unreadable > 0 {
 		fmt.Fprintf(w, "damaged\t%s\n", plural(i.Unreadable, "restore point record"))

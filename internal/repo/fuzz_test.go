@@ -49,8 +49,9 @@ func FuzzSmallObjects(f *testing.F) {
 			put(bg, other, keysPrefix+"0123456789abcdef", b)
 			r := &Repository{st: other, id: full.id, conf: full.conf}
 			r.outcomeOf(bg, id)
-			if k, err := r.readKey(bg, keysPrefix+"0123456789abcdef"); err == nil && k.MemoryKiB < 4096 && k.Passes < 4 {
-				k.unwrap("key", r.id, Key{Passphrase: secret.New([]byte("x"))})
+			(&Keyring{st: other, id: full.id, derived: full.keys}).List(bg)
+			if k, _, err := readKey(bg, other, keysPrefix+"0123456789abcdef"); err == nil && k.MemoryKiB < 4096 && k.Passes < 4 {
+				k.unwrap(bg, "key", r.id, Key{Passphrase: secret.New([]byte("x")), Keeper: xorKeeper(1)})
 			}
 		}
 		// A record that was sealed by somebody with the keys.

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"filippo.io/age"
 
@@ -21,11 +22,9 @@ import (
 )
 
 const (
-	formatVersion  = 1
-	configName     = "repo.json"
-	keysPrefix     = "keys/"
-	kindPassphrase = "passphrase"
-	kindAge        = "age"
+	formatVersion = 1
+	configName    = "repo.json"
+	keysPrefix    = "keys/"
 )
 
 // config is repo.json.
@@ -38,10 +37,19 @@ type config struct {
 	Features   []string `json:"features"`
 }
 
-// A Key is what opens a repository: a passphrase, age identities, or both.
+// A Key is what opens a repository: one of these, or several.
 type Key struct {
-	Passphrase secret.Bytes
+	Passphrase secret.Bytes // or a recovery key as people type it
 	Identities []age.Identity
+	Keeper     Keeper
+}
+
+// A Keeper closes and opens the master key outside of this process: a key
+// management service, a hardware module. Repo is the repository's id. What
+// Unwrap is given comes from the store and may be anything.
+type Keeper interface {
+	Wrap(ctx context.Context, repo string, plain []byte) ([]byte, error)
+	Unwrap(ctx context.Context, repo string, wrapped []byte) ([]byte, error)
 }
 
 // KDF is the cost of turning a passphrase into a key with Argon2id. The zero
@@ -51,23 +59,23 @@ type KDF = seal.KDF
 // InitOptions are chosen once in a repository's life.
 type InitOptions struct {
 	ChunkBytes int64 // 0 means chunk.DefaultBytes
-	// At least one of Passphrase and Recipients must be there.
+	// There must be at least one of Passphrase, Recipients and Keys.
 	Passphrase secret.Bytes
 	Recipients []age.Recipient
-	KDF        KDF
+	Keys       []NewKey
+	KDF        KDF // of Passphrase
 }
 
-// wrappedKey is one of keys/.
-type wrappedKey struct {
-	Format    int    `json:"format"`
-	Kind      string `json:"kind"`
-	KDF       string `json:"kdf,omitempty"`
-	Passes    uint32 `json:"passes,omitempty"`
-	MemoryKiB uint32 `json:"memory_kib,omitempty"`
-	Threads   uint8  `json:"threads,omitempty"`
-	Salt      string `json:"salt,omitempty"`
-	Recipient string `json:"recipient,omitempty"`
-	Wrapped   string `json:"wrapped"`
+// keys gives those first that may yet be refused.
+func (o *InitOptions) keys() []NewKey {
+	keys := slices.Clone(o.Keys)
+	if !o.Passphrase.Empty() {
+		keys = append(keys, NewKey{Passphrase: o.Passphrase, KDF: o.KDF})
+	}
+	for _, r := range o.Recipients {
+		keys = append(keys, NewKey{Recipient: r})
+	}
+	return keys
 }
 
 // Init makes an empty repository in st. It gives fault.ErrExists where there
@@ -80,11 +88,9 @@ func Init(ctx context.Context, st blob.Store, o InitOptions) error {
 	if err := chunk.CheckBytes(o.ChunkBytes); err != nil {
 		return err
 	}
-	if o.Passphrase.Empty() && len(o.Recipients) == 0 {
+	keys := o.keys()
+	if len(keys) == 0 {
 		return fmt.Errorf("a repository needs a passphrase or a recipient: %w", fault.ErrKey)
-	}
-	if o.KDF == (KDF{}) {
-		o.KDF = seal.DefaultKDF
 	}
 	switch _, err := st.Size(ctx, configName); {
 	case err == nil:
@@ -96,10 +102,6 @@ func Init(ctx context.Context, st blob.Store, o InitOptions) error {
 	var master seal.Key
 	rand.Read(id[:])
 	rand.Read(master[:])
-	keys, err := wrapAll(master, id, o)
-	if err != nil {
-		return err
-	}
 	derived, err := seal.Derive(master, id)
 	if err != nil {
 		return err
@@ -108,48 +110,30 @@ func Init(ctx context.Context, st blob.Store, o InitOptions) error {
 	if err != nil {
 		return err
 	}
+	ring := &Keyring{st: st, id: id, config: b, master: &master, derived: derived}
+	var made []KeyInfo
 	for _, k := range keys {
-		kb, err := object.Encode(k)
+		in, err := ring.store(ctx, k)
 		if err != nil {
+			ring.unmake(ctx, made)
 			return err
 		}
-		var name [8]byte
-		rand.Read(name[:])
-		if err := create(ctx, st, keysPrefix+hex.EncodeToString(name[:]), kb); err != nil {
-			return err
-		}
+		made = append(made, in)
 	}
-	if err := create(ctx, st, configName, b); errors.Is(err, fault.ErrExists) {
+	err = create(ctx, st, configName, b)
+	if errors.Is(err, fault.ErrExists) {
+		// Somebody else was faster; keys of ours would mean nothing there.
+		ring.unmake(ctx, made)
 		return fmt.Errorf("%s: repository %w", st, fault.ErrExists)
-	} else if err != nil {
-		return err
 	}
-	return nil
+	return err
 }
 
-func wrapAll(master seal.Key, id [16]byte, o InitOptions) (keys []wrappedKey, err error) {
-	if !o.Passphrase.Empty() {
-		var salt [16]byte
-		rand.Read(salt[:])
-		w, err := o.KDF.Wrap(master, o.Passphrase.Reveal(), salt, id)
-		if err != nil {
-			return nil, err
-		}
-		keys = append(keys, wrappedKey{Format: formatVersion, Kind: kindPassphrase, KDF: "argon2id", Passes: o.KDF.Passes,
-			MemoryKiB: o.KDF.MemoryKiB, Threads: o.KDF.Threads, Salt: hex.EncodeToString(salt[:]), Wrapped: hex.EncodeToString(w)})
+// unmake deletes keys of a repository that did not come to be.
+func (k *Keyring) unmake(ctx context.Context, made []KeyInfo) {
+	for _, in := range made {
+		k.st.Delete(context.WithoutCancel(ctx), keysPrefix+in.ID)
 	}
-	for _, to := range o.Recipients {
-		w, err := seal.WrapAge(master, id, to)
-		if err != nil {
-			return nil, err
-		}
-		name := ""
-		if s, ok := to.(fmt.Stringer); ok {
-			name = s.String()
-		}
-		keys = append(keys, wrappedKey{Format: formatVersion, Kind: kindAge, Recipient: name, Wrapped: hex.EncodeToString(w)})
-	}
-	return keys, nil
 }
 
 // parseConfig reads repo.json. It asks for the version before anything else,
@@ -187,71 +171,6 @@ func parseConfig(raw []byte) (c config, id [16]byte, err error) {
 func checkConfigMAC(raw []byte, k *seal.Keys) error {
 	var c config
 	return object.DecodeMAC(configName, raw, &k.Sign, &c)
-}
-
-func (r *Repository) readKey(ctx context.Context, name string) (k wrappedKey, err error) {
-	b, err := readObject(ctx, r.st, name)
-	if err != nil {
-		return k, err
-	}
-	return k, object.Decode(name, b, &k)
-}
-
-// unwrap finds the master key with whatever fits.
-func (r *Repository) unwrap(ctx context.Context, k Key) (seal.Key, error) {
-	var damaged error
-	n := 0
-	for o, err := range r.st.List(ctx, keysPrefix) {
-		if err != nil {
-			return seal.Key{}, err
-		}
-		w, err := r.readKey(ctx, o.Name)
-		if err == nil {
-			n++
-			var master seal.Key
-			if master, err = w.unwrap(o.Name, r.id, k); err == nil {
-				return master, nil
-			}
-		}
-		if !errors.Is(err, fault.ErrKey) {
-			damaged = err // another key may fit
-		}
-	}
-	if damaged != nil {
-		return seal.Key{}, damaged
-	}
-	if n == 0 {
-		return seal.Key{}, fmt.Errorf("%s: no key objects: %w", r.st, fault.ErrNotFound)
-	}
-	return seal.Key{}, fmt.Errorf("repository %s: %w", r.ID()[:8], fault.ErrKey)
-}
-
-func (w *wrappedKey) unwrap(name string, id [16]byte, k Key) (master seal.Key, err error) {
-	wrapped, err := hex.DecodeString(w.Wrapped)
-	if err != nil {
-		return master, &fault.CorruptError{Object: name, Offset: -1, Err: err}
-	}
-	switch {
-	case w.Format > formatVersion:
-		return master, fmt.Errorf("%s has format %d, this version reads up to %d: %w", name, w.Format, formatVersion, fault.ErrUnsupported)
-	case w.Kind == kindAge:
-		return seal.UnwrapAge(wrapped, id, k.Identities...)
-	case w.Kind != kindPassphrase || w.KDF != "argon2id":
-		return master, fmt.Errorf("%s: key of kind %q with %q: %w", name, w.Kind, w.KDF, fault.ErrUnsupported)
-	case k.Passphrase.Empty():
-		return master, fault.ErrKey
-	}
-	var salt [16]byte
-	if b, err := hex.DecodeString(w.Salt); err != nil || len(b) != len(salt) {
-		return master, fault.Corrupt(name, -1, "salt %q is not 16 bytes", w.Salt)
-	} else {
-		copy(salt[:], b)
-	}
-	kdf := KDF{Passes: w.Passes, MemoryKiB: w.MemoryKiB, Threads: w.Threads}
-	if err := kdf.Check(); err != nil {
-		return master, &fault.CorruptError{Object: name, Offset: -1, Err: err}
-	}
-	return kdf.Unwrap(wrapped, k.Passphrase.Reveal(), salt, id)
 }
 
 // readObject reads a whole object that is small or whose size was checked.

@@ -70,16 +70,11 @@ func Open(ctx context.Context, st blob.Store, k Key) (*Repository, error) {
 	if err != nil {
 		return nil, err
 	}
-	master, err := r.unwrap(ctx, k)
+	got, err := unwrap(ctx, st, r.id, raw, k)
 	if err != nil {
 		return nil, err
 	}
-	if r.keys, err = seal.Derive(master, r.id); err != nil {
-		return nil, err
-	}
-	if err := checkConfigMAC(raw, r.keys); err != nil {
-		return nil, err
-	}
+	r.keys = got.derived
 	return r, nil
 }
 
@@ -172,17 +167,16 @@ func (r *Repository) idle(level int, w *pack.Worker) {
 
 // Info says what the repository is and what it holds.
 type Info struct {
-	ID          string `json:"id"`
-	Format      int    `json:"format"`
-	ChunkBytes  int64  `json:"chunk_bytes"`
-	Passphrases int    `json:"passphrases"` // that open it
-	Recipients  int    `json:"recipients"`  // age recipients that open it
-	Points      int64  `json:"points"`
-	Unreadable  int64  `json:"unreadable_points,omitempty"` // whose records are damaged; not among Points
-	Packs       int64  `json:"packs"`
-	Chunks      int64  `json:"chunks"`       // unique
-	StoredBytes int64  `json:"stored_bytes"` // all objects
-	IndexBytes  int64  `json:"index_bytes"`  // memory that the index takes
+	ID         string `json:"id"`
+	Format     int    `json:"format"`
+	ChunkBytes int64  `json:"chunk_bytes"`
+	KeyCounts
+	Points      int64 `json:"points"`
+	Unreadable  int64 `json:"unreadable_points,omitempty"` // whose records are damaged; not among Points
+	Packs       int64 `json:"packs"`
+	Chunks      int64 `json:"chunks"`       // unique
+	StoredBytes int64 `json:"stored_bytes"` // all objects
+	IndexBytes  int64 `json:"index_bytes"`  // memory that the index takes
 }
 
 // Info counts what is in the store; it lists every object. If records of
@@ -199,7 +193,7 @@ func (r *Repository) Info(ctx context.Context) (Info, error) {
 		}
 	}
 	var err error
-	if in.Passphrases, in.Recipients, err = r.KeyCounts(ctx); err != nil {
+	if in.KeyCounts, err = r.KeyCounts(ctx); err != nil {
 		return in, err
 	}
 	recs, unread := r.list(ctx)
@@ -215,21 +209,30 @@ func (r *Repository) Info(ctx context.Context) (Info, error) {
 	return in, unread
 }
 
-// KeyCounts says how many passphrases and how many age recipients open the
-// repository. Damaged keys are not counted.
-func (r *Repository) KeyCounts(ctx context.Context) (passphrases, recipients int, err error) {
-	for o, err := range r.st.List(ctx, keysPrefix) {
-		if err != nil {
-			return 0, 0, err
-		}
-		k, err := r.readKey(ctx, o.Name)
+// KeyCounts says how many keys of each kind open the repository.
+type KeyCounts struct {
+	Passphrases int `json:"passphrases"`
+	Recovery    int `json:"recovery_keys"` // typed like a passphrase
+	Recipients  int `json:"recipients"`    // of age
+	Commands    int `json:"key_commands"`
+}
+
+// KeyCounts counts keys. Damaged ones, and those of unknown kinds, are not
+// counted.
+func (r *Repository) KeyCounts(ctx context.Context) (c KeyCounts, err error) {
+	keys, err := r.Keys(ctx)
+	for _, k := range keys {
 		switch {
-		case err != nil:
-		case k.Kind == kindAge:
-			recipients++
-		default:
-			passphrases++
+		case k.State == KeyDamaged:
+		case k.Kind == KindAge:
+			c.Recipients++
+		case k.Kind == KindCommand:
+			c.Commands++
+		case k.Kind == KindRecovery:
+			c.Recovery++
+		case k.Kind == KindPassphrase:
+			c.Passphrases++
 		}
 	}
-	return passphrases, recipients, nil
+	return c, err
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/backstay/backstay/internal/blob/file"
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
+	"github.com/backstay/backstay/internal/secret"
 )
 
 // Whoever asks how it is used is told, with nothing installed and nothing set.
@@ -87,6 +88,15 @@ func TestAStrangerRestores(t *testing.T) {
 	}
 	restores(p.Ref(), a)
 	restores(q.Ref(), b)
+
+	// A recovery key as people type it, instead of the passphrase.
+	code := secret.NewRecovery()
+	mustAdd(t, mustRing(t, st, testKey), NewKey{Recovery: code, KDF: cheap})
+	cmd := exec.Command(python, "../../docs/format/restore.py", dir)
+	cmd.Env = append(os.Environ(), "BACKSTAY_PASSWORD="+strings.ToLower(secret.PrintRecovery(code)))
+	if msg, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(msg), q.Ref()) {
+		t.Errorf("with a recovery key: %v: %s", err, msg)
+	}
 
 	// What was damaged and stored again is found where it lies now.
 	packs, err := filepath.Glob(filepath.Join(dir, "data/*/*"))

@@ -18,9 +18,9 @@ func TestNoWayOfPrintingShowsTheBytes(t *testing.T) {
 	}
 	for _, out := range []string{
 		fmt.Sprint(s), fmt.Sprintf("%v %+v %#v %s %q %x", s, s, s, s, s, s),
-		fmt.Sprintf("%v %+v", struct{ S Bytes }{s}, []Bytes{s}), log.String(), string(js),
+		fmt.Sprintf("%v %+v", struct{ S Bytes }{s}, []Bytes{s}), fmt.Sprintf("%v %+v %#v", struct{ s Bytes }{s}, struct{ s *Bytes }{&s}, struct{ s Bytes }{s}), log.String(), string(js),
 	} {
-		if strings.Contains(out, "hunter2") || strings.Contains(out, "68756e74657232") || strings.Contains(out, "104 117") {
+		if strings.Contains(out, "hunter2") || strings.Contains(out, "68756e74657232") || strings.Contains(out, "104 117") || strings.Contains(out, "0x68, 0x75") {
 			t.Errorf("the secret shows in %q", out)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/zeebo/blake3"
 )
@@ -24,8 +25,14 @@ const (
 	Overhead   = NonceBytes + TagBytes // what sealing adds
 )
 
-// A Key is 32 secret bytes.
+// A Key is 32 secret bytes. Every way of formatting it gives "[redacted]".
 type Key [KeyBytes]byte
+
+// Format answers for every verb of fmt.
+func (k Key) Format(f fmt.State, _ rune) { io.WriteString(f, "[redacted]") }
+
+// MarshalText answers for JSON, its kin and log/slog.
+func (k Key) MarshalText() ([]byte, error) { return []byte("[redacted]"), nil }
 
 // Keys are the four keys that come from a master key.
 type Keys struct {

@@ -2,7 +2,11 @@ package seal
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
 	"testing"
 
 	"filippo.io/age"
@@ -102,5 +106,23 @@ func TestCostsFromAFileAreBounded(t *testing.T) {
 	}
 	if err := DefaultKDF.Check(); err != nil {
 		t.Error(err)
+	}
+}
+
+// Keys get into errors and logs through what holds them.
+func TestNoWayOfPrintingShowsAKey(t *testing.T) {
+	k := &Keys{Data: Key{65, 66, 67, 68}}
+	js, err := json.Marshal(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log strings.Builder
+	slog.New(slog.NewJSONHandler(&log, nil)).Info("x", "keys", k, "key", k.Data)
+	for _, out := range []string{fmt.Sprintf("%v %+v %#v", k, k, *k), fmt.Sprintf("%x %s %q %d", k.Data, k.Data, k.Data, k.Data), string(js), log.String()} {
+		for _, shown := range []string{"ABCD", "41424344", "65 66", "65,66", "0x41"} {
+			if strings.Contains(out, shown) {
+				t.Errorf("the key shows in %q", out)
+			}
+		}
 	}
 }
