@@ -6,6 +6,7 @@ import (
 	"os"
 	"path"
 	"runtime"
+	"time"
 )
 
 // FS is what Store asks of a file system. Names are slash-separated, without
@@ -56,6 +57,9 @@ type Entry struct {
 	Dir   bool
 	Bytes int64 // of a regular file
 	Other bool  // neither a directory nor a regular file
+	// Written is the modification time of a regular file, zero where the file
+	// system does not tell. Nothing but Store.Written asks for it.
+	Written time.Time
 }
 
 // osFS is a directory of the real file system. os.Root keeps every name in it,
@@ -164,7 +168,7 @@ func entry(root *os.Root, name string) (Entry, error) {
 	}
 	e := Entry{Name: path.Base(name), Dir: st.IsDir(), Other: !st.IsDir() && !st.Mode().IsRegular()}
 	if st.Mode().IsRegular() {
-		e.Bytes = st.Size()
+		e.Bytes, e.Written = st.Size(), st.ModTime()
 	}
 	return e, nil
 }

@@ -58,10 +58,16 @@ func (s *Store) Size(ctx context.Context, name string) (int64, error) {
 // List implements blob.Store. Directories are read one at a time, and synced
 // before their names are shown: see the package's comment.
 func (s *Store) List(ctx context.Context, prefix string) iter.Seq2[blob.Object, error] {
-	return func(yield func(blob.Object, error) bool) { s.walk(ctx, "", prefix, yield) }
+	return s.ListAfter(ctx, prefix, "")
 }
 
-func (s *Store) walk(ctx context.Context, dir, prefix string, yield func(blob.Object, error) bool) bool {
+// ListAfter is List without the objects up to and including the name after. It
+// reads no directory that holds only such.
+func (s *Store) ListAfter(ctx context.Context, prefix, after string) iter.Seq2[blob.Object, error] {
+	return func(yield func(blob.Object, error) bool) { s.walk(ctx, "", prefix, after, yield) }
+}
+
+func (s *Store) walk(ctx context.Context, dir, prefix, after string, yield func(blob.Object, error) bool) bool {
 	entries, err := s.list(ctx, dir, prefix)
 	if err != nil {
 		yield(blob.Object{}, err)
@@ -71,9 +77,13 @@ func (s *Store) walk(ctx context.Context, dir, prefix string, yield func(blob.Ob
 		name := join(dir, e.Name)
 		switch {
 		case e.Dir:
-			if !s.walk(ctx, name, prefix, yield) {
+			if name+"/" < after && !strings.HasPrefix(after, name+"/") {
+				continue
+			}
+			if !s.walk(ctx, name, prefix, after, yield) {
 				return false
 			}
+		case name <= after:
 		case ctx.Err() != nil:
 			yield(blob.Object{}, ctx.Err())
 			return false
