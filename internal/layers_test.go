@@ -21,7 +21,7 @@ var layers = []string{
 	"extent chunk vm fault secret api",
 	"point",
 	"retention blob image nbd wsman volume lab keycommand",
-	"hypervisor guestfs",
+	"hypervisor guestfs reposerver",
 	"repo",
 	"vdisk backup",
 	"restore verify mount",

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -27,6 +29,7 @@ func TestMain(m *testing.M) {
 // The product's stories, one file each. Programs that nobody here wrote are
 // the judges where a script calls them.
 func TestScripts(t *testing.T) {
+	var servers sync.Map // of *exec.Cmd, by the script's directory
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
 		RequireExplicitExec: true,
@@ -44,6 +47,10 @@ func TestScripts(t *testing.T) {
 				_, inPath := exec.LookPath("versitygw")
 				_, installed := os.Stat(filepath.Join(build.Default.GOPATH, "bin", "versitygw"))
 				return os.Getenv("BACKSTAY_MAY_NOT_SKIP") != "" || inPath == nil || installed == nil, nil
+			}
+			if cond == "curl" {
+				_, err := exec.LookPath("curl")
+				return os.Getenv("BACKSTAY_MAY_NOT_SKIP") != "" || err == nil, nil
 			}
 			if cond == "sftp-server" {
 				_, err := os.Stat("/usr/lib/openssh/sftp-server")
@@ -150,6 +157,53 @@ func TestScripts(t *testing.T) {
 				}
 				ts.Fatalf("versitygw does not answer")
 			},
+			// serve ARG…: runs "backstay repo serve ARG…" on a free port until the
+			// script or "unserve" ends it; its address is in $SERVER, and what it
+			// says goes to the file server.log.
+			"serve": func(ts *testscript.TestScript, neg bool, args []string) {
+				at := ts.Getenv("SERVER")
+				if at == "" {
+					l, err := net.Listen("tcp", "127.0.0.1:0")
+					ts.Check(err)
+					at = l.Addr().String()
+					ts.Check(l.Close())
+				}
+				ts.Setenv("SERVER", at)
+				out, err := os.OpenFile(ts.MkAbs("server.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+				ts.Check(err)
+				defer out.Close()
+				cmd := exec.Command(program(ts, "backstay"), append([]string{"repo", "serve", "--listen", at}, args...)...)
+				cmd.Dir, cmd.Stdout, cmd.Stderr = ts.MkAbs("."), out, out
+				ts.Check(cmd.Start())
+				servers.Store(ts.MkAbs("."), cmd)
+				ts.Defer(func() {
+					cmd.Process.Kill()
+					cmd.Wait()
+				})
+				for range 200 {
+					if c, err := net.Dial("tcp", at); err == nil {
+						c.Close()
+						return
+					}
+					time.Sleep(50 * time.Millisecond)
+				}
+				log, _ := os.ReadFile(out.Name())
+				ts.Fatalf("the server does not answer: %s", log)
+			},
+			// unserve SIGNAL: ends the server; TERM must end it well.
+			"unserve": func(ts *testscript.TestScript, neg bool, args []string) {
+				v, ok := servers.LoadAndDelete(ts.MkAbs("."))
+				if !ok {
+					ts.Fatalf("no server runs")
+				}
+				server := v.(*exec.Cmd)
+				sig := map[string]os.Signal{"TERM": syscall.SIGTERM, "KILL": os.Kill}[args[0]]
+				ts.Check(server.Process.Signal(sig))
+				if err := server.Wait(); err != nil && sig != os.Kill {
+					log, _ := os.ReadFile(ts.MkAbs("server.log"))
+					ts.Fatalf("the server ended with %v: %s", err, log)
+				}
+			},
 			// size FILE BYTES: makes or cuts a file to that length.
 			"size": func(ts *testscript.TestScript, neg bool, args []string) {
 				n, err := strconv.ParseInt(args[1], 10, 64)
@@ -161,6 +215,17 @@ func TestScripts(t *testing.T) {
 			},
 		},
 	})
+}
+
+// program finds what a script would run.
+func program(ts *testscript.TestScript, name string) string {
+	for _, dir := range filepath.SplitList(ts.Getenv("PATH")) {
+		if path := filepath.Join(dir, name); exec.Command(path).Err == nil {
+			return path
+		}
+	}
+	ts.Fatalf("%s is nowhere in PATH", name)
+	return ""
 }
 
 // one gives the one file that a pattern names.

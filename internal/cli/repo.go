@@ -17,7 +17,7 @@ import (
 
 func (a *app) repoCmd() *cobra.Command {
 	return noun("repo", "make and care for a repository",
-		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoVacuumCmd(), a.repoKeyCmd())
+		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoVacuumCmd(), a.repoKeyCmd(), a.repoServeCmd())
 }
 
 func (a *app) repoInitCmd() *cobra.Command {
@@ -28,8 +28,9 @@ func (a *app) repoInitCmd() *cobra.Command {
 		Long: `Make an empty repository in a directory that is empty or does not exist, in a
 bucket (s3://endpoint/bucket/prefix; credentials from AWS_ACCESS_KEY_ID and
 AWS_SECRET_ACCESS_KEY or ~/.aws/credentials; ?region= where the storage cannot
-be asked; s3+http:// without TLS), or behind SFTP (sftp://user@host/path, with
-the ssh program and its configuration).
+be asked; s3+http:// without TLS), behind SFTP (sftp://user@host/path, with
+the ssh program and its configuration), or on a repository server
+(backstay://host:port/name, with a token from "backstay repo serve token add").
 
 Everything in it is encrypted. Whoever has the passphrase, or an identity for
 one of the recipients, can restore; nobody else can, and nothing can be
@@ -40,6 +41,7 @@ time with "backstay repo key".`,
   backstay repo init --repo /srv/backup --recovery-kit kit.txt
   backstay repo init --repo s3://s3.example.com/backups/site-a
   backstay repo init --repo sftp://backup@nas.example.com/srv/backup
+  backstay repo init --repo backstay://nas.example.com/web --token-file /root/web.token
   backstay repo init --repo /srv/backup --recipient age1qyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqs3290gq`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {

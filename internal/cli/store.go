@@ -13,6 +13,7 @@ import (
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/blob/file"
+	"github.com/backstay/backstay/internal/blob/remote"
 	"github.com/backstay/backstay/internal/blob/retry"
 	"github.com/backstay/backstay/internal/blob/s3"
 	"github.com/backstay/backstay/internal/blob/sftp"
@@ -22,9 +23,10 @@ import (
 // storeAt is where --repo says the repository is: exactly one of its fields is
 // set.
 type storeAt struct {
-	dir  string
-	s3   *s3.Location
-	sftp *sftp.Location
+	dir    string
+	s3     *s3.Location
+	sftp   *sftp.Location
+	remote *remote.Location
 }
 
 func (a *app) storeAt() (storeAt, error) {
@@ -53,9 +55,15 @@ func (a *app) storeAt() (storeAt, error) {
 			return storeAt{}, usage("%w", err)
 		}
 		return storeAt{sftp: &l}, nil
+	case scheme == "backstay":
+		l, err := remote.ParseURL(a.repoURL)
+		if err != nil {
+			return storeAt{}, usage("%w", err)
+		}
+		return storeAt{remote: &l}, nil
 	}
 	return storeAt{}, withHint(fmt.Errorf("repository: %s:// stores: %w", scheme, fault.ErrUnsupported),
-		"a repository is a directory, s3://endpoint/bucket/prefix or sftp://user@host/path")
+		"a repository is a directory, s3://endpoint/bucket/prefix, sftp://user@host/path or backstay://host:port/name")
 }
 
 // openStore opens the store that --repo names; it must exist.
@@ -82,6 +90,8 @@ func (a *app) openStore(ctx context.Context) (blob.Store, error) {
 			return nil, storeHint(fmt.Errorf("repository %w", err))
 		}
 		return a.patient(st), nil
+	case at.remote != nil:
+		return a.openRemote(ctx, *at.remote)
 	}
 	st, err := file.Open(at.dir)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fault.ErrNotFound) {
@@ -117,6 +127,8 @@ func (a *app) createStore(ctx context.Context, at storeAt) (blob.Store, error) {
 			return nil, err
 		}
 		return a.patient(st), nil
+	case at.remote != nil:
+		return a.createRemote(ctx, *at.remote)
 	}
 	if err := checkEmpty(at.dir); err != nil {
 		return nil, err

@@ -281,7 +281,12 @@ func (r *Repository) MarkSuspect(ctx context.Context, vm string, id point.ID, wh
 	if err != nil {
 		return err
 	}
-	return put(ctx, r.st, name, b)
+	// A store that lets nobody overwrite keeps the first note, which says as
+	// much about the point.
+	if err := put(ctx, r.st, name, b); !errors.Is(err, fault.ErrExists) {
+		return err
+	}
+	return nil
 }
 
 // ReadBlob reads a small file that PutBlob stored.
