@@ -139,12 +139,25 @@ func (a *app) repoInit(ctx context.Context, o initOptions) error {
 }
 
 func (a *app) repoInfoCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:     "info",
-		Short:   "show what a repository is and holds",
-		Example: `  backstay repo info --repo /srv/backup`,
-		Args:    noArgs,
+	var byVM bool
+	cmd := &cobra.Command{
+		Use:   "info",
+		Short: "show what a repository is and holds",
+		Long: `Show what a repository is and holds.
+
+--by-vm shows what each VM and each restore point costs: how much it needs, how
+much of that others need too and who, what deleting it would free, and how the
+repository grew from point to point. It reads all manifests and no data. Bytes
+are what chunks take in packs; a vacuum frees them up to its waste threshold,
+with some 50 bytes a chunk more for what packs say about them.`,
+		Example: `  backstay repo info --repo /srv/backup
+  backstay repo info --by-vm --repo /srv/backup
+  backstay repo info --by-vm --json --repo /srv/backup`,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if byVM {
+				return a.repoUsage(cmd.Context())
+			}
 			r, err := a.openRepo(cmd.Context())
 			if err != nil {
 				return err
@@ -162,6 +175,8 @@ func (a *app) repoInfoCmd() *cobra.Command {
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&byVM, "by-vm", false, "show what each VM and each restore point costs, and what deleting it would free")
+	return cmd
 }
 
 func (a *app) repoCheckCmd() *cobra.Command {
