@@ -181,6 +181,15 @@ func (b *Builder) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
+// View gives n bytes from off on to read, or nil where they do not lie together
+// in memory. They are valid until Free.
+func (b *Builder) View(off, n int64) []byte {
+	if off < 0 || n < 0 || off+n > b.n || off/segBytes != (off+n-1)/segBytes {
+		return nil
+	}
+	return b.segs[off/segBytes][off%segBytes:][:n:n]
+}
+
 // Free gives the memory back; it may be called twice.
 func (b *Builder) Free() {
 	if len(b.segs) > 0 {

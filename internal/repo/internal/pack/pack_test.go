@@ -168,6 +168,31 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 }
 
+func TestViewIsWhatReadAtGives(t *testing.T) {
+	b := NewBuilder(NewMemory(4*segBytes), [16]byte{}, [16]byte{})
+	e := Entry{PLen: segBytes, CLen: segBytes - 200}
+	for i := range byte(2) {
+		if _, err := b.Append(e, bytes.Repeat([]byte{i + 1}, int(e.Bytes()))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		name   string
+		off, n int64
+		lies   bool
+	}{
+		{"the header", 0, 64, true}, {"up to the end of a segment", segBytes - 9, 9, true}, {"into the next", segBytes - 9, 10, false},
+		{"the last byte", b.Bytes() - 1, 1, true}, {"one byte more", b.Bytes() - 1, 2, false},
+	} {
+		want := make([]byte, c.n)
+		b.ReadAt(want, c.off)
+		if got := b.View(c.off, c.n); (got != nil) != c.lies || c.lies && !bytes.Equal(got, want) {
+			t.Errorf("%s: %d bytes", c.name, len(got))
+		}
+	}
+	b.Free()
+}
+
 // Packs come from stores that nobody trusts. Whatever the bytes say, reading
 // must not panic, loop, or allocate more than the pack could justify.
 func FuzzPack(f *testing.F) {
