@@ -69,7 +69,7 @@ func TestNoFlagTakesASecret(t *testing.T) {
 
 func TestUsageErrors(t *testing.T) {
 	for _, args := range [][]string{
-		{"frobnicate"}, {"repo", "frobnicate"}, {"--frobnicate"}, {"repo", "init", "--chunk-size", "3"}, {"repo", "init", "--chunk-size", "x"},
+		{"frobnicate"}, {"repo", "frobnicate"}, {"--frobnicate"}, {"repo", "init", "--chunk-size", "3"}, {"repo", "init", "--chunk-size", "x"}, {"repo", "init", "--parity", "much", "--repo", "r"},
 		{"backup"}, {"restore"}, {"point", "show"}, {"point", "show", "a/b/c"}, {"point", "delete", "web01"}, {"vm", "list", "nourl"},
 		{"image", "info"}, {"backup", "x.raw", "--consistency", "perfect", "--repo", "r"}, {"backup", "gopher://x/y", "--repo", "r"},
 		{"restore", "x", "--to", "y.raw", "--variant", "fixed", "--repo", "r"}, {"restore", "x", "--to", "y.vhd", "--variant", "thick", "--repo", "r"},
@@ -95,6 +95,7 @@ func TestCompletion(t *testing.T) {
 	for _, c := range []struct{ line, want string }{
 		{"backup x.raw --consistency pre", "prefer-application"},
 		{"backup x.raw --compression ", "default"},
+		{"repo init --parity ", "auto"},
 		{"backup x.raw --format vh", "vhdx"},
 		{"restore web01 --format q", "qcow2"},
 		{"restore web01 --variant f", "fixed"},

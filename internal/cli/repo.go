@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -36,7 +37,11 @@ Everything in it is encrypted. Whoever has the passphrase, or an identity for
 one of the recipients, can restore; nobody else can, and nothing can be
 restored once they are all lost. --recovery-kit writes one more key, with what a
 restore needs, to print and lock away. More keys can be added and removed at any
-time with "backstay repo key".`,
+time with "backstay repo key".
+
+With parity (3.3 % more space) what goes bad on the disks heals: see "backstay
+repo repair". By default it is on in directories and behind SFTP, and off in
+object storages, which do the like themselves.`,
 		Example: `  backstay repo init --repo /srv/backup --password-file /root/backstay.pass
   backstay repo init --repo /srv/backup --recovery-kit kit.txt
   backstay repo init --repo s3://s3.example.com/backups/site-a
@@ -50,6 +55,8 @@ time with "backstay repo key".`,
 	}
 	f := cmd.Flags()
 	f.Var(&o.chunkBytes, "chunk-size", "unit of deduplication, 64K to 4M")
+	f.StringVar(&o.parity, "parity", "auto", oneOf(parityWords)+": store what heals damage beside each object")
+	completeWords(cmd, "parity", parityWords)
 	f.StringArrayVar(&o.recipients, "recipient", nil, "age recipient that can open the repository; may be repeated")
 	f.StringVar(&o.label, "label", "", "whose passphrase it is, for people; encrypted like all else")
 	f.StringVar(&o.kit, "recovery-kit", "", "make a recovery key too and write it, with what a restore needs, to this new file (- for stdout)")
@@ -59,9 +66,12 @@ time with "backstay repo key".`,
 type initOptions struct {
 	chunkBytes sizeFlag
 	recipients []string
+	parity     string
 	label      string
 	kit        string
 }
+
+var parityWords = []string{"auto", "on", "off"}
 
 // initKeys are the keys of a new repository but for the recovery kit.
 func (a *app) initKeys(o initOptions) (keys []repo.NewKey, err error) {
@@ -98,6 +108,9 @@ func (a *app) initKeys(o initOptions) (keys []repo.NewKey, err error) {
 
 func (a *app) repoInit(ctx context.Context, o initOptions) error {
 	chunkBytes := int64(o.chunkBytes)
+	if !slices.Contains(parityWords, o.parity) {
+		return usage("unknown --parity %q: want %s", o.parity, oneOf(parityWords))
+	}
 	if err := chunk.CheckBytes(chunkBytes); err != nil {
 		return usage("--chunk-size: %w", err)
 	}
@@ -123,7 +136,8 @@ func (a *app) repoInit(ctx context.Context, o initOptions) error {
 	}
 	defer st.Close()
 	k.repo = st.String()
-	err = repo.Init(ctx, st, repo.InitOptions{ChunkBytes: chunkBytes, Keys: keys})
+	parity := o.parity == "on" || o.parity == "auto" && at.ownDisks()
+	err = repo.Init(ctx, st, repo.InitOptions{ChunkBytes: chunkBytes, Keys: keys, Parity: parity})
 	if o.kit != "" {
 		k.end(err)
 	}
@@ -131,9 +145,13 @@ func (a *app) repoInit(ctx context.Context, o initOptions) error {
 		return fmt.Errorf("repository %s: %w", st, err)
 	}
 	if a.json {
-		return a.printJSON(map[string]any{"repository": st.String(), "chunk_bytes": chunkBytes})
+		return a.printJSON(map[string]any{"repository": st.String(), "chunk_bytes": chunkBytes, "parity": parity})
 	}
-	fmt.Fprintf(a.stdout, "made repository %s, chunks of %s, encrypted\n", st, sizeText(chunkBytes))
+	with := ""
+	if parity {
+		with = ", with parity"
+	}
+	fmt.Fprintf(a.stdout, "made repository %s, chunks of %s, encrypted%s\n", st, sizeText(chunkBytes), with)
 	a.say("keep the passphrase or identity somewhere else too: without it nothing here can be restored")
 	return nil
 }
@@ -403,6 +421,7 @@ func (a *app) printInfo(i repo.Info) {
 	fmt.Fprintf(w, "id\t%s\n", i.ID)
 	fmt.Fprintf(w, "format\t%d\n", i.Format)
 	fmt.Fprintf(w, "chunks of\t%s\n", sizeText(i.ChunkBytes))
+	fmt.Fprintf(w, "parity\t%s\n", map[bool]string{true: "yes", false: "no"}[i.Parity])
 	fmt.Fprintf(w, "opened by\t%s, %s", plural(int64(i.Passphrases), "passphrase"), plural(int64(i.Recipients), "age recipient"))
 	if i.Recovery > 0 {
 		fmt.Fprintf(w, ", %s", plural(int64(i.Recovery), "recovery key"))

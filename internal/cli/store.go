@@ -29,6 +29,10 @@ type storeAt struct {
 	remote *remote.Location
 }
 
+// ownDisks says whether the repository lies on disks that somebody has to look
+// after, and not in a storage that heals itself and is paid by request.
+func (at storeAt) ownDisks() bool { return at.dir != "" || at.sftp != nil }
+
 func (a *app) storeAt() (storeAt, error) {
 	scheme, _, isURL := strings.Cut(a.repoURL, "://")
 	switch {

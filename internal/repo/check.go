@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/backstay/backstay/internal/chunk"
@@ -60,6 +61,7 @@ type CheckReport struct {
 	// Unnoted is why damage that was found could not be written down for the
 	// next backup to store it again; nil if it was.
 	Unnoted error
+	Parity  ParityState
 }
 
 // checkWorkers is how many packs are read at the same time, at most.
@@ -70,15 +72,24 @@ const checkWorkers = 3
 // Damage that Scrub or ReadData finds in packs is put into quarantine: the next
 // backup stores what it meets of it again. Nothing else is changed.
 func (r *Repository) Check(ctx context.Context, o CheckOptions) (CheckReport, error) {
+	c, err := r.look(ctx, o, true)
+	if c == nil {
+		return CheckReport{}, err
+	}
+	return c.report, err
+}
+
+// look is a check; with write it notes what it finds.
+func (r *Repository) look(ctx context.Context, o CheckOptions, write bool) (*check, error) {
 	if o.ReadData {
 		o.Scrub = true
 		if err := r.needKeys(); err != nil {
-			return CheckReport{}, err
+			return nil, err
 		}
 	}
 	h, err := r.reload(ctx, r.current())
 	if err != nil {
-		return CheckReport{}, err
+		return nil, err
 	}
 	c := &check{r: r, o: o, h: h, bad: map[index.Key]int{}, badPages: map[pageRef]int{}, badFiles: map[manifest.ID]int{},
 		frames: map[int]bool{}, damaged: newQuarantine(), whole: map[[32]byte]bool{}}
@@ -86,7 +97,7 @@ func (r *Repository) Check(ctx context.Context, o CheckOptions) (CheckReport, er
 	for _, step := range []func(context.Context) error{nil, c.inventory, c.scrub, c.blame} {
 		if step != nil {
 			if err := step(ctx); err != nil {
-				return c.report, err
+				return c, err
 			}
 		}
 		// What was found out about the caches: by loading them, and since.
@@ -99,13 +110,13 @@ func (r *Repository) Check(ctx context.Context, o CheckOptions) (CheckReport, er
 		said += len(findings)
 	}
 	c.sortOut()
-	if c.o.Scrub {
+	if c.o.Scrub && write {
 		c.report.Unnoted = c.note(ctx)
 	}
 	slices.SortStableFunc(c.report.Findings, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(a.Object, b.Object), cmp.Compare(a.Offset, b.Offset))
 	})
-	return c.report, nil
+	return c, nil
 }
 
 type pageRef struct {
@@ -127,6 +138,9 @@ type check struct {
 	badPages    map[pageRef]int
 	badFiles    map[manifest.ID]int
 	done, total int64
+
+	files     map[manifest.ID]bool // manifests that points need
+	unguarded []string             // objects that have no parity
 
 	used    []bool            // packs that hold what a point needs
 	frames  map[int]bool      // findings of more than records of a pack
@@ -165,6 +179,11 @@ func (c *check) sortOut() {
 	for i, f := range c.report.Findings {
 		id, ok := parsePackName(f.Object)
 		n, held := c.h.number(id)
+		if of, isParity := strings.CutPrefix(f.Object, parityPrefix); isParity {
+			id, ok = parsePackName(of)
+			_, held = c.h.number(id)
+			ok = ok && !held // vacuum takes it
+		}
 		if ok && len(f.Hits) == 0 && (!held || int(n) < len(c.used) && !c.used[n] || !c.frames[i]) {
 			c.report.Unneeded = append(c.report.Unneeded, f)
 		} else {
@@ -259,7 +278,8 @@ func (c *check) inventory(ctx context.Context) error {
 		return err
 	}
 	c.report.Manifests = int64(len(n.files))
-	return nil
+	c.files = n.files
+	return c.parityInventory(ctx)
 }
 
 func offsetOf(err error) int64 {

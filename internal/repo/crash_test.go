@@ -203,6 +203,7 @@ func TestVacuumSurvivesCrash(t *testing.T) {
 
 				finish(t, view())
 				mustBeWhole(t, view(), h, h.points...)
+				mustHaveNoStrayParity(t, disk)
 				if got := count(t, disk, packPrefix) + count(t, disk, manifestPrefix) + count(t, disk, pointPrefix); want < 0 {
 					want = got
 				} else if got != want {

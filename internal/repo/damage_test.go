@@ -66,7 +66,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 			mustNotLie(t, bad, h, name, at)
 		}
 	}
-	for _, kind := range []string{"repo.json", "keys", "data", "idx", "man", "rp", "outcome", "session", "suspect", "vacuum", "quarantine"} {
+	for _, kind := range []string{"repo.json", "keys", "data", "idx", "man", "rp", "outcome", "session", "suspect", "vacuum", "quarantine", "par"} {
 		if !kinds[kind] {
 			t.Errorf("the repository has no %s", kind)
 		}

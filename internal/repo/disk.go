@@ -21,6 +21,11 @@ func manifestName(id point.ManifestID) string {
 	return manifestPrefix + string(id[:2]) + "/" + string(id)
 }
 
+// manifestObject is manifestName of an id that is no string.
+func manifestObject(id manifest.ID) string {
+	return manifestName(point.ManifestID(hex.EncodeToString(id[:])))
+}
+
 func manifestLabel(id manifest.ID) string { return "manifest " + hex.EncodeToString(id[:4]) }
 
 func parseManifestID(s point.ManifestID) (id manifest.ID, err error) {

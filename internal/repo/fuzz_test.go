@@ -14,7 +14,7 @@ import (
 // checksums included, reading them must not panic nor take much memory.
 func FuzzSmallObjects(f *testing.F) {
 	st := mem.New()
-	if err := Init(bg, st, InitOptions{ChunkBytes: testChunk, Passphrase: password, KDF: cheap}); err != nil {
+	if err := Init(bg, st, InitOptions{ChunkBytes: testChunk, Passphrase: password, KDF: cheap, Parity: true}); err != nil {
 		f.Fatal(err)
 	}
 	full, err := Open(bg, st, testKey)

@@ -35,6 +35,7 @@ type config struct {
 	Hash       string   `json:"hash"`
 	Seal       string   `json:"seal"`
 	Features   []string `json:"features"`
+	Parity     string   `json:"parity,omitempty"` // that writers store; readers need not know it
 }
 
 // A Key is what opens a repository: one of these, or several.
@@ -63,7 +64,8 @@ type InitOptions struct {
 	Passphrase secret.Bytes
 	Recipients []age.Recipient
 	Keys       []NewKey
-	KDF        KDF // of Passphrase
+	KDF        KDF  // of Passphrase
+	Parity     bool // store what heals damage beside each object: 3.3 % more
 }
 
 // keys gives those first that may yet be refused.
@@ -106,7 +108,11 @@ func Init(ctx context.Context, st blob.Store, o InitOptions) error {
 	if err != nil {
 		return err
 	}
-	b, err := object.EncodeMAC(config{formatVersion, hex.EncodeToString(id[:]), o.ChunkBytes, "blake3-256", "aes-256-gcm", []string{}}, &derived.Sign)
+	conf := config{formatVersion, hex.EncodeToString(id[:]), o.ChunkBytes, "blake3-256", "aes-256-gcm", []string{}, ""}
+	if o.Parity {
+		conf.Parity = parityCode
+	}
+	b, err := object.EncodeMAC(conf, &derived.Sign)
 	if err != nil {
 		return err
 	}
@@ -125,6 +131,11 @@ func Init(ctx context.Context, st blob.Store, o InitOptions) error {
 		// Somebody else was faster; keys of ours would mean nothing there.
 		ring.unmake(ctx, made)
 		return fmt.Errorf("%s: repository %w", st, fault.ErrExists)
+	}
+	if err == nil && o.Parity {
+		// The repository is there, whatever becomes of this: Check says what has
+		// no parity.
+		_ = storeParity(ctx, st, id, configName, seal.Hash(b), bytes.NewReader(b), int64(len(b)))
 	}
 	return err
 }

@@ -43,7 +43,7 @@ func (d *sparse) resized(size int64) *sparse {
 func TestPointsAgreeWithAModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		st := mem.New()
-		if err := Init(bg, st, InitOptions{ChunkBytes: testChunk, Passphrase: password, KDF: cheap}); err != nil {
+		if err := Init(bg, st, InitOptions{ChunkBytes: testChunk, Passphrase: password, KDF: cheap, Parity: true}); err != nil {
 			t.Fatal(err)
 		}
 		r, err := Open(bg, st, testKey)

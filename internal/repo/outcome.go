@@ -61,6 +61,11 @@ func (r *Repository) outcomeOf(ctx context.Context, id string) (o outcome, err e
 	if err != nil {
 		return o, err
 	}
+	return decodeOutcome(id, b)
+}
+
+func decodeOutcome(id string, b []byte) (o outcome, err error) {
+	name := outcomePrefix + id
 	if err := object.Decode(name, b, &o); err != nil {
 		return o, err
 	}

@@ -215,6 +215,9 @@ func (s *Session) storePack(b *pack.Builder) error {
 	if err := s.r.st.Put(s.ctx, packName(sum), b, b.Bytes()); err != nil {
 		return fmt.Errorf("store %s: %w", packLabel(sum), err)
 	}
+	if err := s.r.guard(s.ctx, packName(sum), sum, b, b.Bytes()); err != nil {
+		return fmt.Errorf("store parity of %s: %w", packLabel(sum), err)
+	}
 	p := indexPack(sum, b.Bytes(), entries)
 	s.r.publish(p)
 	s.mu.Lock()

@@ -170,6 +170,7 @@ type Info struct {
 	ID         string `json:"id"`
 	Format     int    `json:"format"`
 	ChunkBytes int64  `json:"chunk_bytes"`
+	Parity     bool   `json:"parity"` // writers store it
 	KeyCounts
 	Points      int64 `json:"points"`
 	Unreadable  int64 `json:"unreadable_points,omitempty"` // whose records are damaged; not among Points
@@ -182,7 +183,7 @@ type Info struct {
 // Info counts what is in the store; it lists every object. If records of
 // restore points are damaged it gives all the rest together with an error.
 func (r *Repository) Info(ctx context.Context) (Info, error) {
-	in := Info{ID: r.ID(), Format: r.conf.Format, ChunkBytes: r.conf.ChunkBytes}
+	in := Info{ID: r.ID(), Format: r.conf.Format, ChunkBytes: r.conf.ChunkBytes, Parity: r.keepsParity()}
 	for o, err := range r.st.List(ctx, "") {
 		if err != nil {
 			return in, err

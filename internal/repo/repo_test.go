@@ -35,7 +35,7 @@ const testChunk = chunk.MinBytes
 
 func mustInit(t testing.TB, st blob.Store) {
 	t.Helper()
-	if err := Init(bg, st, InitOptions{ChunkBytes: testChunk, Passphrase: password, KDF: cheap}); err != nil {
+	if err := Init(bg, st, InitOptions{ChunkBytes: testChunk, Passphrase: password, KDF: cheap, Parity: true}); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -105,6 +105,8 @@ func (s *scrubber) object(ctx context.Context, o blob.Object) error {
 		return s.trouble(ctx, o.Name, err)
 	}
 	switch {
+	case strings.HasPrefix(o.Name, parityPrefix):
+		evidence = s.parity(o.Name, b)
 	case strings.HasPrefix(o.Name, indexPrefix):
 		evidence = index.Decode(s.r.id, b, func(index.Pack) error { return nil })
 	case o.Name == configName, ours(o.Name):

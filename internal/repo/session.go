@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -87,6 +88,11 @@ func (r *Repository) Begin(ctx context.Context, o SessionOptions) (*Session, err
 	if err := r.needKeys(); err != nil {
 		return nil, err
 	}
+	return r.begin(ctx, o)
+}
+
+// begin is Begin also for who has no keys: he can copy records as they are.
+func (r *Repository) begin(ctx context.Context, o SessionOptions) (*Session, error) {
 	level, err := o.Level.zstd()
 	if err != nil {
 		return nil, err
@@ -218,6 +224,7 @@ func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) err
 		s.unknown = true
 		return s.fail(fmt.Errorf("commit: %w", err))
 	}
+	s.r.guardOutcome(ctx, o)
 	if o.State == revoked {
 		return s.fail(fmt.Errorf("session %s: %w", s.id, fault.ErrFenced))
 	}
@@ -338,6 +345,9 @@ func (s *Session) writeManifests(ctx context.Context, points []*point.RestorePoi
 			if err := s.r.st.Put(ctx, manifestName(d.Manifest), sp, sp.Size()); err != nil {
 				return fmt.Errorf("store manifest: %w", err)
 			}
+			if err := s.r.guardWhole(ctx, manifestName(d.Manifest), sp, sp.Size()); err != nil {
+				return fmt.Errorf("store parity of manifest: %w", err)
+			}
 		}
 	}
 	return nil
@@ -352,6 +362,9 @@ func (s *Session) writeRecords(ctx context.Context, points []*point.RestorePoint
 		}
 		if err := put(ctx, s.r.st, pointPrefix+name, b); err != nil {
 			return nil, fmt.Errorf("store restore point: %w", err)
+		}
+		if err := s.r.guardWhole(ctx, pointPrefix+name, bytes.NewReader(b), int64(len(b))); err != nil {
+			return nil, fmt.Errorf("store parity of restore point: %w", err)
 		}
 		names = append(names, name)
 	}

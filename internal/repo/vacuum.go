@@ -131,7 +131,7 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 		}
 		v.progress(i + 1 + len(v.rewrite))
 	}
-	return nil
+	return v.r.sweepParity(ctx)
 }
 
 // progress counts packs rewritten and then objects deleted; the total grows
@@ -324,6 +324,9 @@ func (v *vacuum) copyLive(ctx context.Context) error {
 		entries := b.Entries()
 		_, sum := b.Finish()
 		if err := v.r.st.Put(ctx, packName(sum), b, b.Bytes()); err != nil {
+			return err
+		}
+		if err := v.r.guard(ctx, packName(sum), sum, b, b.Bytes()); err != nil {
 			return err
 		}
 		v.fresh = append(v.fresh, indexPack(sum, b.Bytes(), entries))

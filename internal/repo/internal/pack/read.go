@@ -79,6 +79,21 @@ func parseEntries(b []byte, crc uint32, end int64) ([]Entry, error) {
 	return entries, nil
 }
 
+// CheckRecord reads the record at the start of b, whose checksums must be right;
+// that needs no keys. Off stays 0.
+func CheckRecord(b []byte) (Entry, error) {
+	e, crc, err := ParseRecordHeader(b)
+	switch {
+	case err != nil:
+		return e, err
+	case e.Bytes() > int64(len(b)):
+		return e, io.ErrUnexpectedEOF
+	case crc32.Checksum(b[RecordHeader:e.Bytes()], castagnoli) != crc:
+		return e, errors.New("record checksum does not match")
+	}
+	return e, nil
+}
+
 // A Damage is a place in a pack that is not as it was written.
 type Damage struct {
 	Off   int64
