@@ -104,7 +104,7 @@ Every restore point is a full: it restores alone, whatever was read to make it.`
 	root.SetErr(a.stderr)
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	f := root.PersistentFlags()
-	f.StringVar(&a.repoURL, "repo", "", "repository: a path, s3://endpoint/bucket/prefix, sftp://user@host/path or backstay://host:port/name (or set BACKSTAY_REPO)")
+	f.StringVar(&a.repoURL, "repo", "", "repository: a path, s3://endpoint/bucket/prefix, azblob://account/container/prefix, sftp://user@host/path or backstay://host:port/name (or set BACKSTAY_REPO)")
 	a.cred.addFlags(f, "")
 	a.cred.addIdentityFlag(f, "")
 	f.StringVar(&a.tokenFile, "token-file", "", "file with the token for a backstay:// repository (or BACKSTAY_TOKEN_FILE, BACKSTAY_TOKEN)")

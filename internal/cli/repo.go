@@ -29,9 +29,13 @@ func (a *app) repoInitCmd() *cobra.Command {
 		Long: `Make an empty repository in a directory that is empty or does not exist, in a
 bucket (s3://endpoint/bucket/prefix; credentials from AWS_ACCESS_KEY_ID and
 AWS_SECRET_ACCESS_KEY or ~/.aws/credentials; ?region= where the storage cannot
-be asked; s3+http:// without TLS), behind SFTP (sftp://user@host/path, with
-the ssh program and its configuration), or on a repository server
+be asked; s3+http:// without TLS), in a container of Azure Blob Storage
+(azblob://account/container/prefix; credentials from AZURE_STORAGE_KEY,
+AZURE_STORAGE_SAS_TOKEN or AZURE_STORAGE_CONNECTION_STRING, or from a file that
+one of these names with _FILE behind it), behind SFTP (sftp://user@host/path,
+with the ssh program and its configuration), or on a repository server
 (backstay://host:port/name, with a token from "backstay repo serve token add").
+A mounted share is a directory.
 
 Everything in it is encrypted. Whoever has the passphrase, or an identity for
 one of the recipients, can restore; nobody else can, and nothing can be
@@ -45,6 +49,7 @@ object storages, which do the like themselves.`,
 		Example: `  backstay repo init --repo /srv/backup --password-file /root/backstay.pass
   backstay repo init --repo /srv/backup --recovery-kit kit.txt
   backstay repo init --repo s3://s3.example.com/backups/site-a
+  AZURE_STORAGE_KEY_FILE=/root/azure.key backstay repo init --repo azblob://examplebackups/site-a
   backstay repo init --repo sftp://backup@nas.example.com/srv/backup
   backstay repo init --repo backstay://nas.example.com/web --token-file /root/web.token
   backstay repo init --repo /srv/backup --recipient age1qyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqszqgpqyqs3290gq`,

@@ -12,7 +12,9 @@ import (
 	"time"
 
 	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/azure"
 	"github.com/backstay/backstay/internal/blob/file"
+	"github.com/backstay/backstay/internal/blob/probe"
 	"github.com/backstay/backstay/internal/blob/remote"
 	"github.com/backstay/backstay/internal/blob/retry"
 	"github.com/backstay/backstay/internal/blob/s3"
@@ -25,6 +27,7 @@ import (
 type storeAt struct {
 	dir    string
 	s3     *s3.Location
+	azure  *azure.Location
 	sftp   *sftp.Location
 	remote *remote.Location
 }
@@ -53,6 +56,12 @@ func (a *app) storeAt() (storeAt, error) {
 			return storeAt{}, usage("%w", err)
 		}
 		return storeAt{s3: &l}, nil
+	case scheme == "azblob" || scheme == "azblob+http":
+		l, err := azure.ParseURL(a.repoURL)
+		if err != nil {
+			return storeAt{}, usage("%w", err)
+		}
+		return storeAt{azure: &l}, nil
 	case scheme == "sftp":
 		l, err := sftp.ParseURL(a.repoURL)
 		if err != nil {
@@ -66,8 +75,40 @@ func (a *app) storeAt() (storeAt, error) {
 		}
 		return storeAt{remote: &l}, nil
 	}
+	if why, ok := refused[scheme]; ok {
+		return storeAt{}, withHint(fmt.Errorf("repository: %s:// stores: %s: %w", scheme, why[0], fault.ErrUnsupported), "%s", why[1])
+	}
 	return storeAt{}, withHint(fmt.Errorf("repository: %s:// stores: %w", scheme, fault.ErrUnsupported),
-		"a repository is a directory, s3://endpoint/bucket/prefix, sftp://user@host/path or backstay://host:port/name")
+		"a repository is a directory, s3://endpoint/bucket/prefix, azblob://account/container/prefix, sftp://user@host/path or backstay://host:port/name")
+}
+
+// refused are the stores that people ask for and that cannot keep the promises
+// of a blob.Store, or that something else reaches better; docs/design/stores.md
+// has the whole reason.
+var refused = map[string][2]string{
+	"ftp":  {"FTP cannot create a file only where there is none, so two backups could both believe that they committed, and nothing says that a file survives a power cut", useSFTP},
+	"ftps": {"FTP cannot create a file only where there is none, so two backups could both believe that they committed, and nothing says that a file survives a power cut", useSFTP},
+	"smb":  {"shares are reached through the system", mountIt},
+	"cifs": {"shares are reached through the system", mountIt},
+	"nfs":  {"exports are reached through the system", mountIt},
+}
+
+const (
+	useSFTP = "most FTP servers also speak SFTP: sftp://user@host/path"
+	mountIt = "mount it and name the directory; docs/design/stores.md says with which options"
+)
+
+// openObjects opens a store of object storage.
+func (at storeAt) openObjects(ctx context.Context) (st blob.Store, err error) {
+	if at.azure != nil {
+		st, err = azure.Open(ctx, *at.azure, azure.Options{})
+	} else {
+		st, err = s3.Open(ctx, *at.s3, s3.Options{})
+	}
+	if err != nil {
+		return nil, storeHint(err) // st may be a nil pointer in an interface
+	}
+	return st, nil
 }
 
 // openStore opens the store that --repo names; it must exist.
@@ -77,10 +118,10 @@ func (a *app) openStore(ctx context.Context) (blob.Store, error) {
 		return nil, err
 	}
 	switch {
-	case at.s3 != nil:
-		st, err := s3.Open(ctx, *at.s3, s3.Options{})
+	case at.s3 != nil || at.azure != nil:
+		st, err := at.openObjects(ctx)
 		if err != nil {
-			return nil, storeHint(err)
+			return nil, err
 		}
 		// What cannot be reached now is told at once: patience is for runs that
 		// are under way.
@@ -107,17 +148,17 @@ func (a *app) openStore(ctx context.Context) (blob.Store, error) {
 // createStore makes the store at at, or opens one that is empty.
 func (a *app) createStore(ctx context.Context, at storeAt) (blob.Store, error) {
 	switch {
-	case at.s3 != nil:
-		st, err := s3.Open(ctx, *at.s3, s3.Options{})
+	case at.s3 != nil || at.azure != nil:
+		st, err := at.openObjects(ctx)
 		if err != nil {
-			return nil, storeHint(err)
+			return nil, err
 		}
 		// A wrong name or secret is told at once, without the patience of a
 		// backup that has run for hours.
 		if err := a.mustBeEmpty(ctx, st); err != nil {
 			return nil, err
 		}
-		if err := st.Probe(ctx); err != nil {
+		if err := probe.Run(ctx, st); err != nil {
 			return nil, storeHint(fmt.Errorf("repository %s: %w", st, err))
 		}
 		return a.patient(st), nil
@@ -172,7 +213,7 @@ func storeHint(err error) error {
 	case errors.Is(err, fault.ErrUnsupported):
 		return withHint(err, "use another storage, or a directory: no promise could be kept on this one")
 	case errors.Is(err, fault.ErrNotFound):
-		return withHint(err, "make the bucket first; buckets are never made by backstay, nor directories above the repository's")
+		return withHint(err, "make the bucket first, or the container; neither is ever made by backstay, nor directories above the repository's")
 	}
 	return err
 }

@@ -2,7 +2,7 @@
 //
 // What the promises of blob.Store rest on there: a PUT is atomic, an object
 // and its place in listings are visible when the PUT has returned, and
-// If-None-Match: * lets one of several creators win. Probe tries all of that,
+// If-None-Match: * lets one of several creators win. blob/probe tries all of that,
 // because some storages take the header and ignore it.
 package s3
 
@@ -15,12 +15,12 @@ import (
 	"io"
 	"iter"
 	"net/http"
-	"strconv"
 	"strings"
 
 	"github.com/minio/minio-go/v7"
 
 	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/ranged"
 	"github.com/backstay/backstay/internal/fault"
 )
 
@@ -108,7 +108,7 @@ func (s *Store) ReadAt(ctx context.Context, name string, p []byte, off int64) (i
 		return 0, s.classify(ctx, name, err)
 	}
 	defer body.Close()
-	want, atEnd, err := answered(header, info.Size, off, int64(len(p)))
+	want, atEnd, err := ranged.Answered(header.Get("Content-Range"), info.Size, off, int64(len(p)))
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", name, err)
 	}
@@ -126,43 +126,6 @@ func (s *Store) ReadAt(ctx context.Context, name string, p []byte, off int64) (i
 		return n, io.EOF
 	}
 	return n, nil
-}
-
-// answered says how many bytes of [off, off+length) an answer holds and
-// whether the object ends with them. A server may ignore a range; taking its
-// answer for the range would be silently wrong.
-func answered(h http.Header, size, off, length int64) (n int64, atEnd bool, err error) {
-	r := h.Get("Content-Range")
-	if r == "" {
-		if off > 0 && size > 0 {
-			return 0, false, errors.New("the server ignores ranges")
-		}
-		// The whole object, of which the beginning was asked.
-		return min(length, size), size <= length, nil
-	}
-	first, last, total, ok := parseRange(r)
-	if !ok || first != off || last < first || last >= off+length || total <= last || size >= 0 && size != last-first+1 {
-		return 0, false, fmt.Errorf("the server answered with range %q to %d-%d", r, off, off+length-1)
-	}
-	n = last - first + 1
-	if n < length && last != total-1 {
-		return 0, false, fmt.Errorf("the server answered with less than the range %d-%d: %q", off, off+length-1, r)
-	}
-	return n, last == total-1, nil
-}
-
-// parseRange reads "bytes 5-9/100".
-func parseRange(s string) (first, last, total int64, ok bool) {
-	s, found := strings.CutPrefix(s, "bytes ")
-	span, all, slash := strings.Cut(s, "/")
-	a, b, dash := strings.Cut(span, "-")
-	if !found || !slash || !dash {
-		return 0, 0, 0, false
-	}
-	first, err1 := strconv.ParseInt(a, 10, 64)
-	last, err2 := strconv.ParseInt(b, 10, 64)
-	total, err3 := strconv.ParseInt(all, 10, 64)
-	return first, last, total, err1 == nil && err2 == nil && err3 == nil
 }
 
 // Size implements blob.Store.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/blob/blobtest"
+	"github.com/backstay/backstay/internal/blob/probe"
 	"github.com/backstay/backstay/internal/blob/retry"
 	"github.com/backstay/backstay/internal/blob/s3/s3test"
 	"github.com/backstay/backstay/internal/fault"
@@ -50,7 +51,7 @@ func TestStore(t *testing.T) {
 	})
 	t.Run("probe", func(t *testing.T) {
 		st := open(t, "s3://"+endpoint+"/"+g.Bucket(t), nil)
-		if err := st.Probe(t.Context()); err != nil {
+		if err := probe.Run(t.Context(), st); err != nil {
 			t.Error(err)
 		}
 		if names, err := blobtest.Names(t.Context(), st, ""); err != nil || len(names) > 0 {
@@ -206,7 +207,7 @@ func TestAnswersThatAreNotTheRange(t *testing.T) {
 
 func TestAStorageThatIgnoresConditionsIsRefused(t *testing.T) {
 	st := with(t, func(*http.Request) (*http.Response, error) { return reply(200, ""), nil })
-	if err := st.Probe(t.Context()); !errors.Is(err, fault.ErrUnsupported) {
+	if err := probe.Run(t.Context(), st); !errors.Is(err, fault.ErrUnsupported) {
 		t.Errorf("got %v", err)
 	}
 }
@@ -222,7 +223,7 @@ func TestAStorageThatAnswersWithThePastIsRefused(t *testing.T) {
 	} {
 		at := s3test.Proxy(t, g.Endpoint, func(r *http.Request) s3test.Fault { return s3test.Fault{Stale: stale(r)} })
 		st := open(t, "s3://"+at+"/"+g.Bucket(t), nil)
-		if err := st.Probe(t.Context()); !errors.Is(err, fault.ErrUnsupported) {
+		if err := probe.Run(t.Context(), st); !errors.Is(err, fault.ErrUnsupported) {
 			t.Errorf("stale %s: %v", name, err)
 		}
 	}

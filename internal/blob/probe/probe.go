@@ -1,4 +1,6 @@
-package s3
+// Package probe tries whether a storage keeps the promises of a blob.Store,
+// before somebody relies on it.
+package probe
 
 import (
 	"context"
@@ -9,16 +11,18 @@ import (
 	"io"
 	"strings"
 
+	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
 )
 
-// Probe tries with an object of its own whether this storage keeps the
-// promises of a blob.Store. It gives fault.ErrUnsupported, wrapped, if not.
+// Run tries st with an object of its own. It gives fault.ErrUnsupported,
+// wrapped, if st does not keep the promises of a blob.Store as far as one
+// client can see.
 //
 // It asks for what is not there before it makes it: a cache that remembers
 // such answers, in the storage or before it, would hide one writer's session
 // from another.
-func (s *Store) Probe(ctx context.Context) error {
+func Run(ctx context.Context, s blob.Store) error {
 	var random [8]byte
 	rand.Read(random[:])
 	name := "probe/" + hex.EncodeToString(random[:])
@@ -33,7 +37,7 @@ func (s *Store) Probe(ctx context.Context) error {
 	}
 	switch err := p.create(ctx, "second"); {
 	case err == nil:
-		return p.lacks("overwrites an object that was to be created (If-None-Match: * is ignored)")
+		return p.lacks("overwrites an object that was to be created (it ignores If-None-Match: *)")
 	case !errors.Is(err, fault.ErrExists):
 		return err
 	}
@@ -53,7 +57,7 @@ func (s *Store) Probe(ctx context.Context) error {
 }
 
 type probe struct {
-	s    *Store
+	s    blob.Store
 	name string
 }
 
@@ -70,7 +74,7 @@ func (p probe) create(ctx context.Context, body string) error {
 func (p probe) see(ctx context.Context, content, otherwise string) error {
 	got := make([]byte, 16)
 	n, err := p.s.ReadAt(ctx, p.name, got, 0)
-	there := !errors.Is(err, fault.ErrNotFound) || errors.Is(err, errNoBucket)
+	there := !errors.Is(err, fault.ErrNotFound)
 	if there && err != nil && err != io.EOF {
 		return err
 	}
