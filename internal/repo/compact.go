@@ -30,8 +30,15 @@ const notKept = ^uint8(0)
 // objects to the new ones. Runs are read first, so that what is damaged of them
 // is written anew.
 func (v *vacuum) writeIndex(ctx context.Context) error {
+	if err := v.confirm(ctx); err != nil {
+		return err
+	}
 	for _, r := range v.h.table.Runs() {
-		if err := r.Verify(ctx, func(e *index.PartError) error { return v.r.mendPart(ctx, v.h, e) }); err != nil {
+		fits := func(p index.Place) bool {
+			w := want{place: p}
+			return v.h.packs[p.Pack].state != packSound || w.end() <= v.h.packs[p.Pack].bytes
+		}
+		if err := r.Verify(ctx, fits, func(e *index.PartError) error { return v.r.mendPart(ctx, v.h, e) }); err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"io"
 	"strings"
 	"testing"
 
@@ -8,6 +9,8 @@ import (
 	"github.com/backstay/backstay/internal/blob/blobtest"
 	"github.com/backstay/backstay/internal/blob/mem"
 	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo/internal/index"
+	"github.com/backstay/backstay/internal/repo/internal/manifest"
 )
 
 // runRepo is a repository whose index a vacuum made one run.
@@ -162,5 +165,133 @@ func TestRunsAreReplacedUnderReaders(t *testing.T) {
 	mustBackup(t, reader, "web03", content, nil, nil)
 	if n := len(mustNames(t, st, packPrefix)); n != packs+1 {
 		t.Errorf("%d packs, want %d", n, packs+1)
+	}
+}
+
+// tellLies replaces the index by one, flat or a run, that says of each chunk what
+// fn does.
+func tellLies(t *testing.T, st *mem.Store, flat bool, fn func(i int, k index.Key, p index.Place) (index.Place, bool)) {
+	r := mustOpen(t, st)
+	h, err := r.held(bg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	packs := make([]index.Pack, len(h.packs))
+	order := make([]index.RunPack, len(h.packs))
+	for i, p := range h.packs {
+		packs[i] = index.Pack{ID: p.id, Bytes: uint32(p.bytes)}
+		order[i] = index.RunPack{ID: p.id, Bytes: uint32(p.bytes)}
+	}
+	id, bin, err := newID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := index.NewRunWriter(index.RunOptions{
+		Repo: r.id, ID: bin, Generation: 9, Packs: order,
+		Spool: func() index.Spool { return manifest.NewSpool() },
+		Put: func(n int, body io.ReaderAt, size int64) error {
+			name := runPrefix + id
+			if n >= 0 {
+				name = index.PartName(name, n)
+			}
+			return st.Put(bg, name, body, size)
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := append(mustNames(t, st, indexPrefix), mustNames(t, st, runPrefix)...)
+	i := 0
+	err = h.table.Merge(bg, h.table.Runs(), h.rank, func(k index.Key, p index.Place) error {
+		p, said := fn(i, k, p)
+		i++
+		if !said {
+			return nil
+		}
+		if flat {
+			in := &packs[p.Pack]
+			in.Entries = append(in.Entries, index.Entry{Key: k, Off: p.Off, CLen: p.CLen})
+			return nil
+		}
+		return w.Add(k, p.Pack, p.Off, p.CLen)
+	})
+	if err == nil && flat {
+		err = put(bg, st, indexPrefix+id+"-000000", index.Encode(r.id, packs))
+	} else if err == nil {
+		err = w.Finish()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range old {
+		st.Delete(bg, name)
+	}
+}
+
+// An index whose checksums are right and that is wrong: points are read, and a
+// vacuum takes nothing that they need.
+func TestALyingIndexIsNotBelieved(t *testing.T) {
+	lies := map[string]func(i int, p index.Place) index.Place{
+		"another offset":             func(_ int, p index.Place) index.Place { p.Off += 7; return p },
+		"behind the end of the pack": func(_ int, p index.Place) index.Place { p.Off = 1 << 30; return p },
+		"a length nobody has":        func(_ int, p index.Place) index.Place { p.CLen = 1<<24 - 1; return p },
+		"too short":                  func(_ int, p index.Place) index.Place { p.CLen -= 3; return p },
+		"another pack":               func(_ int, p index.Place) index.Place { p.Pack = 1 - p.Pack; return p },
+		"all in one place":           func(int, index.Place) index.Place { return index.Place{Pack: 0, Off: 64, CLen: 1000} },
+		"every third elsewhere": func(i int, p index.Place) index.Place {
+			if i%3 == 0 {
+				p.Pack = 1 - p.Pack
+			}
+			return p
+		},
+	}
+	for what, fn := range lies {
+		for _, flat := range []bool{false, true} {
+			kind := "a run, "
+			if flat {
+				kind = "flat, "
+			}
+			t.Run(kind+what, func(t *testing.T) {
+				st, r := newRepo(t)
+				a, b := noise(1, 40*testChunk), noise(2, 40*testChunk)
+				p, q := mustBackup(t, r, "web01", a, nil, nil), mustBackup(t, r, "web02", b, nil, nil)
+				tellLies(t, st, flat, func(i int, _ index.Key, p index.Place) (index.Place, bool) { return fn(i, p), true })
+				r = mustOpen(t, st)
+				mustRead(t, r, p, a)
+				mustRead(t, r, q, b)
+				if err := r.DeletePoint(bg, "web02", q.ID); err != nil {
+					t.Fatal(err)
+				}
+				r = mustOpen(t, st) // that has heard no lie
+				mustVacuum(t, r)
+				r = mustOpen(t, st)
+				mustRead(t, r, p, a)
+				mustVacuum(t, r)
+				mustRead(t, mustOpen(t, st), p, a)
+				mustCheck(t, mustOpen(t, st), CheckOptions{ReadData: true})
+			})
+		}
+	}
+}
+
+// Chunks that an index keeps to itself are not taken for garbage.
+func TestAnIndexThatKeepsSilent(t *testing.T) {
+	for _, flat := range []bool{false, true} {
+		st, r := newRepo(t)
+		a := noise(1, 40*testChunk)
+		p := mustBackup(t, r, "web01", a, nil, nil)
+		tellLies(t, st, flat, func(i int, _ index.Key, p index.Place) (index.Place, bool) { return p, i%2 == 0 })
+		whole := mustNames(t, st, packPrefix)
+		r = mustOpen(t, st)
+		for range 2 {
+			mustVacuum(t, r)
+		}
+		if left := mustNames(t, st, packPrefix); len(left) < len(whole) {
+			t.Errorf("%v left of %v", left, whole)
+		}
+		for _, name := range append(mustNames(t, st, indexPrefix), mustNames(t, st, runPrefix)...) {
+			st.Delete(bg, name)
+		}
+		mustRead(t, mustOpen(t, st), p, a)
 	}
 }

@@ -78,10 +78,11 @@ type vacuum struct {
 	recs     []*record
 	needs    needs
 	marks    *index.Marks
-	live     []int64 // bytes of live records, by pack
-	kept     []int64 // bytes of a pack of nothing but those, by pack
-	homeless int     // chunks that live and are in no pack
-	stuck    []bool  // packs with records that live and are in quarantine
+	live     []int64            // bytes of live records, by pack
+	kept     []int64            // bytes of a pack of nothing but those, by pack
+	homeless int                // chunks that live and are in no pack
+	unknown  map[index.Key]bool // those of them that the index does not know
+	stuck    []bool             // packs with records that live and are in quarantine
 
 	dead, rewrite []uint32     // packs
 	fresh         []index.Pack // what was rewritten went here
@@ -260,7 +261,7 @@ func (v *vacuum) mark(ctx context.Context) error {
 func (v *vacuum) tryMark(ctx context.Context) error {
 	v.marks = v.h.table.NewMarks(v.marked)
 	v.live, v.kept, v.stuck = make([]int64, len(v.h.packs)), make([]int64, len(v.h.packs)), make([]bool, len(v.h.packs))
-	v.homeless = 0
+	v.homeless, v.unknown = 0, map[index.Key]bool{}
 	v.needs = needs{
 		r: v.r,
 		visit: func(id manifest.ID, f *manifest.File, i int) error {
@@ -296,7 +297,10 @@ func (v *vacuum) tryMark(ctx context.Context) error {
 
 // marked keeps a chunk. One that is in no pack is lost already; that is for
 // Check to say.
-func (v *vacuum) marked(_ index.Key, p index.Place, known, fresh bool) error {
+func (v *vacuum) marked(k index.Key, p index.Place, known, fresh bool) error {
+	if !known {
+		v.unknown[k] = true
+	}
 	switch {
 	case !known || v.h.packs[p.Pack].state == packMissing:
 		v.homeless++

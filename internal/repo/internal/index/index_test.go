@@ -102,7 +102,7 @@ func TestBytesForAChunk(t *testing.T) {
 // Index objects come from stores that nobody trusts.
 func FuzzDecode(f *testing.F) {
 	repo := [16]byte{1}
-	b := Encode(repo, []Pack{{Bytes: 9, Entries: []Entry{{Key{1}, 64, 9}}}})
+	b := Encode(repo, []Pack{{Bytes: 99, Entries: []Entry{{Key{1}, 64, 9}}}})
 	f.Add(b, false)
 	f.Add(b[:len(b)-sumBytes], true)
 	f.Fuzz(func(t *testing.T, data []byte, mend bool) {

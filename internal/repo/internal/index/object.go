@@ -100,7 +100,11 @@ func Decode(repo [16]byte, b []byte, yield func(Pack) error) error {
 		}
 		entries = entries[:0]
 		for range n {
-			entries = append(entries, Entry{Key(b[:16]), le.Uint32(b[16:]), le.Uint32(b[20:])})
+			e := Entry{Key(b[:16]), le.Uint32(b[16:]), le.Uint32(b[20:])}
+			if int64(e.Off)+int64(e.CLen) > int64(p.Bytes) {
+				return errors.New("an entry lies behind the end of its pack")
+			}
+			entries = append(entries, e)
 			b = b[entryBytes:]
 		}
 		p.Entries = entries

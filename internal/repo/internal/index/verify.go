@@ -34,9 +34,10 @@ func VerifyRun(ctx context.Context, src Source, name string, size int64, repo, i
 	return nil
 }
 
-// Verify reads the run and all its parts. It calls fn for each that counts and
-// is not what was written, and otherwise ends with the first error.
-func (r *Run) Verify(ctx context.Context, fn func(*PartError) error) error {
+// Verify reads the run and all its parts. It calls bad for each that counts and
+// is not what was written, or has an entry that does not fit, and otherwise ends
+// with the first error.
+func (r *Run) Verify(ctx context.Context, fits func(Place) bool, bad func(*PartError) error) error {
 	buf := make([]byte, 1<<20)
 	for i := range r.parts {
 		p := &r.parts[i]
@@ -45,10 +46,16 @@ func (r *Run) Verify(ctx context.Context, fn func(*PartError) error) error {
 		}
 		err := r.hashed(ctx, p.filterAt, p.shape.bytes(), buf)
 		if err == nil {
-			err = VerifyPart(ctx, r.src, p.name, partBytes(p.entries), r.repo, r.id, uint32(i))
+			err = r.verifyPart(ctx, p.name, partBytes(p.entries), uint32(i), func(e *record) error {
+				n, err := r.number(e)
+				if err == nil && n != Gone && !fits(Place{n, e.off, e.clen}) {
+					err = &damage{fmt.Errorf("it is wrong about where chunk %x… lies", e.key[:4])}
+				}
+				return err
+			})
 		}
 		if Damaged(err) {
-			err = fn(&PartError{p.name, err})
+			err = bad(&PartError{p.name, err})
 		}
 		if err != nil {
 			return err
@@ -82,7 +89,11 @@ func (r *Run) hashed(ctx context.Context, off, n int64, buf []byte) error {
 // VerifyPart reads part n of a run. Where it is not what was written the error
 // is Damaged.
 func VerifyPart(ctx context.Context, src Source, name string, size int64, repo, run [16]byte, n uint32) error {
-	r := &Run{src: src, id: run, parts: make([]part, 1)}
+	r := &Run{src: src, id: run, repo: repo}
+	return r.verifyPart(ctx, name, size, n, func(*record) error { return nil })
+}
+
+func (r *Run) verifyPart(ctx context.Context, name string, size int64, n uint32, each func(*record) error) error {
 	sum := newSummer()
 	buf := make([]byte, windowBlocks*blockBytes)
 	if size < blockBytes || size%blockBytes != 0 {
@@ -97,12 +108,12 @@ func VerifyPart(ctx context.Context, src Source, name string, size int64, repo, 
 			}
 		}
 		b := buf[no%windowBlocks*blockBytes:][:blockBytes]
-		if err := sum.check(run, n, uint32(no), b); err != nil {
+		if err := sum.check(r.id, n, uint32(no), b); err != nil {
 			return &damage{err}
 		}
 		if no == 0 {
 			entries = le.Uint32(b[44:])
-			if err := checkPartHeader(b, repo, run, n, entries); err != nil {
+			if err := checkPartHeader(b, r.repo, r.id, n, entries); err != nil {
 				return &damage{err}
 			}
 			if size != partBytes(entries) {
@@ -116,6 +127,9 @@ func VerifyPart(ctx context.Context, src Source, name string, size int64, repo, 
 				return &damage{errors.New("its entries do not ascend")}
 			}
 			last = e.key
+			if err := each(&e); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
