@@ -40,11 +40,13 @@ const cleanupTime = 2 * time.Minute
 
 // Options hold for all jobs of one Run. Zero values choose the defaults.
 type Options struct {
-	Repo    *repo.Repository
-	Level   repo.Level
-	VMs     int // VMs backed up at once
-	Disks   int // disks read at once, over all VMs
-	Workers int // of each disk; 0 is two more than there are processors
+	Repo  *repo.Repository
+	Level repo.Level
+	// NoOverlays stores every changed chunk as a whole.
+	NoOverlays bool
+	VMs        int // VMs backed up at once
+	Disks      int // disks read at once, over all VMs
+	Workers    int // of each disk; 0 is two more than there are processors
 
 	// Audit is the share of the chunks that change tracking calls unchanged
 	// which every incremental reads again and compares, at least AuditLeast of
@@ -126,6 +128,10 @@ type engine struct {
 	names map[string]string // VM names taken in this Run, by whom
 }
 
+func (e *engine) session() repo.SessionOptions {
+	return repo.SessionOptions{Level: e.Level, NoOverlays: e.NoOverlays}
+}
+
 func newEngine(o Options) *engine {
 	if o.VMs <= 0 {
 		o.VMs = DefaultVMs
@@ -184,7 +190,7 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 
 	// The store is asked before the guest is touched: a full or read-only
 	// store must not cost a freeze.
-	rs, err := e.Repo.Begin(ctx, repo.SessionOptions{Level: e.Level})
+	rs, err := e.Repo.Begin(ctx, e.session())
 	if err != nil {
 		return fail(err)
 	}
@@ -237,7 +243,7 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 		e.Log.Warn("the previous restore point can't be built on, reading everything", "vm", name, "err", err)
 		history.giveUp(err)
 		abort()
-		again, err2 := e.Repo.Begin(ctx, repo.SessionOptions{Level: e.Level})
+		again, err2 := e.Repo.Begin(ctx, e.session())
 		if err2 != nil {
 			return fail(err2)
 		}

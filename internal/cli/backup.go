@@ -23,6 +23,7 @@ type backupOptions struct {
 	consistency string
 	format      string
 	level       string
+	overlays    string
 	exclude     []string
 	freezeLimit time.Duration
 	maxDelta    sizeFlag
@@ -45,7 +46,8 @@ a VM of its own, called by its file name.
 A first backup reads everything. Later ones read what changed block tracking
 names, and of the rest a random sample, to catch a tracker that lies. Where
 nothing tracks, everything is read and compared by hash, and only what is new
-is stored. Whatever was read, every restore point is whole.
+is stored: of a chunk that changed a little, the 4 KiB blocks that did, unless
+--overlays is off. Whatever was read, every restore point is whole.
 
 A guest is frozen for a moment through its agent, if it has one:
   require-application  writers of the guest's applications ran, or it fails
@@ -63,6 +65,7 @@ A guest is frozen for a moment through its agent, if it has one:
 	f.StringVar(&o.consistency, "consistency", string(vm.PreferApplication), "require-application, prefer-application, filesystem or crash")
 	f.StringVar(&o.format, "format", "", "what the image files are: "+formatHelp)
 	f.StringVar(&o.level, "compression", "fast", "none, fast, default or high")
+	f.StringVar(&o.overlays, "overlays", "on", "store a changed chunk as what changed in it: on or off")
 	f.StringArrayVar(&o.exclude, "exclude-disk", nil, "leave out this disk of a VM (vdb); may be repeated")
 	f.DurationVar(&o.freezeLimit, "freeze-limit", 2*time.Second, "thaw the guest after this, whatever happens")
 	f.Var(&o.maxDelta, "max-delta", "stop if the guest overwrites more than this while it is backed up; 0 for no bound")
@@ -75,6 +78,7 @@ A guest is frozen for a moment through its agent, if it has one:
 	completeWords(cmd, "consistency", []string{string(vm.RequireApplication), string(vm.PreferApplication), string(vm.Filesystem), string(vm.Crash)})
 	completeWords(cmd, "format", readableWords())
 	completeWords(cmd, "compression", []string{string(repo.LevelNone), string(repo.LevelFast), string(repo.LevelDefault), string(repo.LevelHigh)})
+	completeWords(cmd, "overlays", []string{"on", "off"})
 	return cmd
 }
 
@@ -95,6 +99,9 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 	case repo.LevelNone, repo.LevelFast, repo.LevelDefault, repo.LevelHigh:
 	default:
 		return usage("--compression %q: want none, fast, default or high", o.level)
+	}
+	if o.overlays != "on" && o.overlays != "off" {
+		return usage("--overlays %q: want on or off", o.overlays)
 	}
 	var format image.Format
 	if o.format != "" {
@@ -168,7 +175,7 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 		o.audit = -1
 	}
 	results := append(failed, backup.Run(ctx, backup.Options{
-		Repo: r, Level: repo.Level(o.level), VMs: o.parallel, Audit: o.audit / 100, Log: a.log(), Progress: barProgress{bar},
+		Repo: r, Level: repo.Level(o.level), NoOverlays: o.overlays == "off", VMs: o.parallel, Audit: o.audit / 100, Log: a.log(), Progress: barProgress{bar},
 	}, jobs)...)
 	bar.end()
 	for i := range results {

@@ -457,9 +457,28 @@ func (c *check) blamePage(ctx context.Context, rec *record, d *point.Disk, id ma
 		return nil
 	}
 	for k := range p.IDs {
-		if n, ok := c.bad[index.KeyOf(p.IDs[k])]; ok && p.Data[k] {
+		if !p.Data[k] {
+			continue
+		}
+		at := ref{p.IDs[k], p.Base(k)}
+		n, ok := c.bad[index.KeyOf(c.r.recordID(at))]
+		if !ok && at.overlay() {
+			if n, ok = c.bad[index.KeyOf(at.base)]; ok && c.needsNoBase(ctx, at) {
+				continue
+			}
+		}
+		if ok {
 			c.hit(n, rec, d, part(first+int64(k), 1))
 		}
 	}
-	return nil
+	return ctx.Err()
+}
+
+// needsNoBase says whether overlay at, whose base is lost, can be read all the
+// same.
+func (c *check) needsNoBase(ctx context.Context, at ref) bool {
+	w := c.r.worker(readLevel)
+	defer c.r.idle(readLevel, w)
+	whole, err := c.r.whole(ctx, w, at)
+	return err == nil && whole
 }

@@ -73,6 +73,7 @@ func disks() (a, b []byte) {
 	b = bytes.Clone(a)
 	copy(b[2*testChunk:], noise(3, testChunk))
 	copy(b[8*testChunk:], text(4, 2*testChunk))
+	copy(b[10*testChunk+5000:], "little enough for an overlay")
 	return a, b
 }
 

@@ -248,19 +248,25 @@ func (d *Disk) nextWritten(no int64) int64 {
 
 // Chunk names chunk index.
 func (d *Disk) Chunk(ctx context.Context, index int64) (id chunk.ID, hole bool, err error) {
+	c, hole, err := d.ref(ctx, index)
+	return c.id, hole, err
+}
+
+// ref says how the disk refers to chunk index.
+func (d *Disk) ref(ctx context.Context, index int64) (c ref, hole bool, err error) {
 	if index < 0 || index >= d.Chunks() {
-		return id, false, fmt.Errorf("chunk %d of a disk with %d chunks", index, d.Chunks())
+		return c, false, fmt.Errorf("chunk %d of a disk with %d chunks", index, d.Chunks())
 	}
 	no := index / manifest.Positions
 	if !d.wrote(no) {
-		return id, true, nil
+		return c, true, nil
 	}
 	p, err := d.page(ctx, no)
 	if err != nil {
-		return id, false, err
+		return c, false, err
 	}
-	i := index % manifest.Positions
-	return p.IDs[i], !p.Data[i], nil
+	i := int(index % manifest.Positions)
+	return ref{p.IDs[i], p.Base(i)}, !p.Data[i], nil
 }
 
 // within gives the chunks that e touches: from first up to but not including
@@ -276,7 +282,7 @@ func (d *Disk) within(e extent.Extent) (first, end int64, err error) {
 }
 
 // walk calls fn for each chunk from first up to end that is no hole.
-func (d *Disk) walk(ctx context.Context, first, end int64, fn func(index int64, id chunk.ID) error) error {
+func (d *Disk) walk(ctx context.Context, first, end int64, fn func(index int64, c ref) error) error {
 	for at := first; at < end; {
 		no := at / manifest.Positions
 		if next := d.nextWritten(no); next != no {
@@ -288,8 +294,8 @@ func (d *Disk) walk(ctx context.Context, first, end int64, fn func(index int64, 
 			return err
 		}
 		for ; at < end && at/manifest.Positions == no; at++ {
-			if i := at % manifest.Positions; p.Data[i] {
-				if err := fn(at, p.IDs[i]); err != nil {
+			if i := int(at % manifest.Positions); p.Data[i] {
+				if err := fn(at, ref{p.IDs[i], p.Base(i)}); err != nil {
 					return err
 				}
 			}
@@ -304,7 +310,7 @@ func (d *Disk) Data(ctx context.Context, within extent.Extent) (set extent.Set, 
 	if err != nil {
 		return set, err
 	}
-	err = d.walk(ctx, first, end, func(index int64, _ chunk.ID) error {
+	err = d.walk(ctx, first, end, func(index int64, _ ref) error {
 		set.Add(d.extent(index).Intersect(within))
 		return nil
 	})
@@ -324,14 +330,14 @@ func (d *Disk) ReadAt(p []byte, off int64) (n int, err error) {
 		index := off / d.ChunkBytes()
 		part := d.extent(index).Intersect(extent.Extent{Off: off, Len: min(int64(len(p)-n), d.Size()-off)})
 		out := p[n : n+int(part.Len)]
-		id, hole, err := d.Chunk(d.ctx, index)
+		c, hole, err := d.ref(d.ctx, index)
 		if err != nil {
 			return n, err
 		}
 		if hole {
 			clear(out)
 		} else {
-			plain, err := d.chunk(id, d.extent(index).Len)
+			plain, err := d.chunk(c, d.extent(index).Len)
 			if err != nil {
 				return n, err
 			}
@@ -345,21 +351,21 @@ func (d *Disk) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, nil
 }
 
-func (d *Disk) chunk(id chunk.ID, want int64) ([]byte, error) {
+func (d *Disk) chunk(c ref, want int64) ([]byte, error) {
 	d.mu.Lock()
-	plain, ok := d.chunks.get(id)
+	plain, ok := d.chunks.get(c.id)
 	d.mu.Unlock()
 	if ok && int64(len(plain)) == want {
 		return plain, nil
 	}
 	w := d.r.worker(readLevel)
 	defer d.r.idle(readLevel, w)
-	plain, err := d.r.readChunk(d.ctx, w, id, want)
+	plain, err := d.r.readChunk(d.ctx, w, c, want)
 	if err != nil {
 		return nil, err
 	}
 	d.mu.Lock()
-	d.chunks.put(id, plain)
+	d.chunks.put(c.id, plain)
 	d.mu.Unlock()
 	return plain, nil
 }

@@ -35,8 +35,11 @@ type FetchOptions struct {
 // A want is one chunk that somebody wants: where it lies and where it goes.
 type want struct {
 	index int64 // of the chunk in the disk
-	id    chunk.ID
-	place index.Place
+	ref
+	place index.Place // of the chunk's record, or of that of its base
+	// Over is, where place is the base's, where the overlay on it lies.
+	over    index.Place
+	layered bool
 }
 
 // end is the first byte behind the record in its pack.
@@ -72,11 +75,11 @@ func (d *Disk) Fetch(ctx context.Context, within extent.Extent, o FetchOptions, 
 	if o.Ordered {
 		limit = f.batch() * windowBatches
 	}
-	err = d.walk(ctx, first, end, func(i int64, id chunk.ID) error {
-		if o.Skip != nil && o.Skip(i, id) {
+	err = d.walk(ctx, first, end, func(i int64, c ref) error {
+		if o.Skip != nil && o.Skip(i, c.id) {
 			return nil
 		}
-		wants = append(wants, want{index: i, id: id})
+		wants = append(wants, want{index: i, ref: c})
 		if len(wants) >= limit {
 			return flush()
 		}
@@ -95,26 +98,26 @@ type fetch struct {
 	d        *Disk
 	fn       func(off int64, data []byte) error
 	shape    blob.ReadShape
-	inFlight int           // runs that are being read or decoded
-	buffers  *buffers      // that runs are read into
-	decoders chan *decoder // one for each worker
-	h        *holdings     // that numbers the packs of this window
+	inFlight int          // runs that are being read or decoded
+	buffers  *buffers     // that runs are read into
+	openers  chan *opener // one for each worker
+	h        *holdings    // that numbers the packs of this window
 }
 
 func (d *Disk) newFetch(workers int, fn func(off int64, data []byte) error) *fetch {
-	f := &fetch{d: d, fn: fn, shape: blob.ShapeOf(d.r.st), decoders: make(chan *decoder, workers)}
+	f := &fetch{d: d, fn: fn, shape: blob.ShapeOf(d.r.st), openers: make(chan *opener, workers)}
 	f.inFlight = max(workers, f.shape.InFlight)
 	f.buffers = newBuffers(f.shape.Memory)
 	for range workers {
-		f.decoders <- &decoder{w: d.r.worker(readLevel)}
+		f.openers <- &opener{r: d.r, w: d.r.worker(readLevel)}
 	}
 	return f
 }
 
-// close waits for nothing: whoever had a decoder has given it back.
+// close waits for nothing: whoever had an opener has given it back.
 func (f *fetch) close() {
-	for range cap(f.decoders) {
-		f.d.r.idle(readLevel, (<-f.decoders).w)
+	for range cap(f.openers) {
+		f.d.r.idle(readLevel, (<-f.openers).w)
 	}
 }
 
@@ -152,7 +155,7 @@ func (r *Repository) locate(ctx context.Context, wants []want) (*holdings, error
 		return nil, err
 	}
 	for reloaded := false; ; {
-		lookup := h.locate(ctx, wants)
+		lookup := h.locate(ctx, r, wants)
 		if lookup == nil {
 			return h, nil
 		}
@@ -184,32 +187,51 @@ func (r *Repository) locate(ctx context.Context, wants []want) (*holdings, error
 	}
 }
 
-func (h *holdings) locate(ctx context.Context, wants []want) error {
-	keys := make([]index.Key, len(wants))
+func (h *holdings) locate(ctx context.Context, r *Repository, wants []want) error {
+	records := make([]chunk.ID, len(wants))
+	keys := make([]index.Key, 0, len(wants))
 	for i := range wants {
-		keys[i] = index.KeyOf(wants[i].id)
+		records[i] = r.recordID(wants[i].ref)
+		keys = append(keys, index.KeyOf(records[i]))
+		if wants[i].overlay() {
+			keys = append(keys, index.KeyOf(wants[i].base))
+		}
 	}
 	keys = index.SortKeys(keys)
 	found, err := h.table.Resolve(ctx, keys)
 	if err != nil {
 		return err
 	}
+	place := func(k index.Key) (index.Place, bool) {
+		n, _ := slices.BinarySearchFunc(keys, k, func(a, b index.Key) int { return a.Compare(&b) })
+		return found[n].Place, found[n].OK
+	}
 	h.mu.RLock()
 	defer h.mu.RUnlock()
 	for i := range wants {
-		k := index.KeyOf(wants[i].id)
-		n, _ := slices.BinarySearchFunc(keys, k, func(a, b index.Key) int { return a.Compare(&b) })
-		if !found[n].OK {
-			return fmt.Errorf("chunk %s: in no pack: %w", wants[i].id.Short(), fault.ErrCorrupt)
+		t := &wants[i]
+		at, ok := place(index.KeyOf(records[i]))
+		if !ok {
+			return fmt.Errorf("chunk %s: in no pack: %w", t.id.Short(), fault.ErrCorrupt)
 		}
-		wants[i].place = found[n].Place
-		in := &h.packs[wants[i].place.Pack]
+		t.place, t.layered = at, false
+		in := &h.packs[at.Pack]
 		if in.state == packMissing {
-			return fmt.Errorf("chunk %s: %w", wants[i].id.Short(), fault.Corrupt(packLabel(in.id), -1, "it is not in the store"))
+			return fmt.Errorf("chunk %s: %w", t.id.Short(), fault.Corrupt(packLabel(in.id), -1, "it is not in the store"))
 		}
 		// No length is believed that the pack cannot hold.
-		if wants[i].end() > in.bytes {
-			return &beyondError{wants[i].id, wants[i].place, &fault.CorruptError{Object: packLabel(in.id), Offset: int64(wants[i].place.Off), Err: io.ErrUnexpectedEOF}}
+		if t.end() > in.bytes {
+			return &beyondError{records[i], at, &fault.CorruptError{Object: packLabel(in.id), Offset: int64(at.Off), Err: io.ErrUnexpectedEOF}}
+		}
+		if !t.overlay() {
+			continue
+		}
+		k := index.KeyOf(t.base)
+		if base, ok := place(k); ok && h.trust(base) == sound && !h.bad[k] {
+			t.place, t.over, t.layered = base, at, true
+			if t.end() > h.packs[base.Pack].bytes {
+				t.place, t.layered = at, false // who reads the base alone will say
+			}
 		}
 	}
 	return nil
@@ -385,68 +407,47 @@ func (f *fetch) decode(ctx context.Context, wants []want, data [][]byte) error {
 	return nil
 }
 
-// A decoder opens records with memory of its own.
-type decoder struct {
-	w     *pack.Worker
-	plain []byte
-}
-
-// run reads the run and calls fn for each of its chunks. While it waits for the
-// store it holds a buffer and no decoder: there may be far more reads than
-// processors.
+// run reads the run, and the overlays on what it reads, and calls fn for each of
+// its chunks. While it waits for the store it holds a buffer and no opener:
+// there may be far more reads than processors.
 func (f *fetch) run(ctx context.Context, u run, fn func(index int64, data []byte) error) error {
-	f.h.mu.RLock()
-	p := f.h.packs[u.pack]
-	f.h.mu.RUnlock()
-	buf, err := f.buffers.get(ctx, u.len())
+	layers, more := planOverlays(u.wants, f.shape)
+	buf, err := f.buffers.get(ctx, u.len()+more)
 	if err != nil {
 		return err
 	}
 	defer f.buffers.put(buf)
-	n, err := f.d.r.st.ReadAt(ctx, p.name(), buf, u.off())
-	var w *decoder
+	n, err := f.d.r.readRun(ctx, f.h, u, buf[:u.len()])
+	var overlays [][]byte
+	if err == nil {
+		overlays, err = f.d.r.readOverlays(ctx, f.h, layers, len(u.wants), buf[u.len():])
+	}
+	var w *opener
 	select {
-	case w = <-f.decoders:
-		defer func() { f.decoders <- w }()
+	case w = <-f.openers:
+		defer func() { f.openers <- w }()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 	if errors.Is(err, fault.ErrNotFound) {
 		return f.single(ctx, w, u, fn)
 	}
-	if err != nil && !errors.Is(err, io.EOF) {
-		return fmt.Errorf("%s: %w", packLabel(p.id), err)
+	if err != nil {
+		return err
 	}
-	buf = buf[:n]
+	w.forget()
 	for i := range u.wants {
 		t := &u.wants[i]
-		if i == 0 || t.place != u.wants[i-1].place || t.id != u.wants[i-1].id {
-			lo := int64(t.place.Off) - u.off()
-			rec := buf[min(lo, int64(n)):min(t.end()-u.off(), int64(n))]
-			if w.plain, err = f.d.r.openRecord(w.w, w.plain, rec, t.id, p, t.place); errors.Is(err, fault.ErrCorrupt) {
-				// Perhaps it is only the index that is wrong.
-				w.plain, err = f.d.r.readChunk(ctx, w.w, t.id, f.d.extent(t.index).Len)
-			}
-			if err != nil {
-				return err
-			}
+		plain, err := w.open(ctx, f.h, t, t.within(u, buf[:n]), overlays[i])
+		if errors.Is(err, fault.ErrCorrupt) {
+			// Perhaps it is only the index that is wrong.
+			plain, err = f.d.r.readChunk(ctx, w.w, t.ref, f.d.extent(t.index).Len)
 		}
-		if want := f.d.extent(t.index).Len; int64(len(w.plain)) != want {
-			return fault.Corrupt("manifest "+string(f.d.id[:8]), -1, "chunk %d is %d bytes long, want %d", t.index, len(w.plain), want)
-		}
-		if err := fn(t.index, w.plain); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// single reads chunk by chunk what moved since it was located.
-func (f *fetch) single(ctx context.Context, w *decoder, u run, fn func(index int64, data []byte) error) error {
-	for _, t := range u.wants {
-		plain, err := f.d.r.readChunk(ctx, w.w, t.id, f.d.extent(t.index).Len)
 		if err != nil {
 			return err
+		}
+		if want := f.d.extent(t.index).Len; int64(len(plain)) != want {
+			return fault.Corrupt("manifest "+string(f.d.id[:8]), -1, "chunk %d is %d bytes long, want %d", t.index, len(plain), want)
 		}
 		if err := fn(t.index, plain); err != nil {
 			return err
@@ -455,66 +456,35 @@ func (f *fetch) single(ctx context.Context, w *decoder, u run, fn func(index int
 	return nil
 }
 
-// openRecord opens a record read from pack p. What does not open is stored
-// again by the next writer that meets the chunk.
-func (r *Repository) openRecord(w *pack.Worker, dst, rec []byte, id chunk.ID, p heldPack, at index.Place) ([]byte, error) {
-	plain, err := w.Open(dst, rec, id)
-	switch {
-	case err == nil:
-		return plain, nil
-	case errors.Is(err, fault.ErrUnsupported):
-		return nil, err
+// readRun reads u into buf and says how much of it there is.
+func (r *Repository) readRun(ctx context.Context, h *holdings, u run, buf []byte) (int, error) {
+	p := h.pack(u.pack)
+	n, err := r.st.ReadAt(ctx, p.name(), buf, u.off())
+	if err != nil && !errors.Is(err, io.EOF) {
+		return 0, fmt.Errorf("%s: %w", packLabel(p.id), err)
 	}
-	r.distrust(id)
-	return nil, &fault.CorruptError{Object: packLabel(p.id), Offset: int64(at.Off), Err: err}
+	return n, nil
 }
 
-func (r *Repository) distrust(id chunk.ID) {
-	if h := r.current(); h != nil {
-		h.distrust(id)
+// within is t's record in data, which begins where u does; nil where that ends
+// too early.
+func (t *want) within(u run, data []byte) []byte {
+	if t.end()-u.off() > int64(len(data)) {
+		return nil
 	}
+	return data[int64(t.place.Off)-u.off() : t.end()-u.off()]
 }
 
-// readChunk reads one chunk of want bytes, in new memory.
-func (r *Repository) readChunk(ctx context.Context, w *pack.Worker, id chunk.ID, bytes int64) ([]byte, error) {
-	for try := 0; ; try++ {
-		wants := []want{{id: id}}
-		h, err := r.locate(ctx, wants)
+// single reads chunk by chunk what moved since it was located.
+func (f *fetch) single(ctx context.Context, w *opener, u run, fn func(index int64, data []byte) error) error {
+	for _, t := range u.wants {
+		plain, err := f.d.r.readChunk(ctx, w.w, t.ref, f.d.extent(t.index).Len)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		at := wants[0].place
-		h.mu.RLock()
-		p := h.packs[at.Pack]
-		h.mu.RUnlock()
-		buf := make([]byte, pack.RecordOverhead+int64(at.CLen))
-		n, err := r.st.ReadAt(ctx, p.name(), buf, int64(at.Off))
-		switch {
-		case errors.Is(err, fault.ErrNotFound) && try == 0:
-			// A vacuum moved it since we loaded the index.
-			if _, err := r.reload(ctx, h); err != nil {
-				return nil, err
-			}
-			continue
-		case err != nil && !errors.Is(err, io.EOF):
-			return nil, fmt.Errorf("%s: %w", packLabel(p.id), err)
+		if err := fn(t.index, plain); err != nil {
+			return err
 		}
-		plain, err := r.openRecord(w, nil, buf[:n], id, p, at)
-		if errors.Is(err, fault.ErrCorrupt) && try == 0 {
-			elsewhere, cerr := r.correct(ctx, h, id, at)
-			if cerr != nil {
-				return nil, errors.Join(err, cerr)
-			}
-			if elsewhere {
-				continue
-			}
-		}
-		if err != nil {
-			return nil, err
-		}
-		if int64(len(plain)) != bytes {
-			return nil, fmt.Errorf("chunk %s is %d bytes long, want %d: %w", id.Short(), len(plain), bytes, fault.ErrCorrupt)
-		}
-		return plain, nil
 	}
+	return nil
 }

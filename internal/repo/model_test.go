@@ -345,7 +345,7 @@ func TestAFullManifestNeedsLittleMemory(t *testing.T) {
 	var id chunk.ID
 	for i := range int64(chunks) {
 		id[0], id[1], id[2], id[31] = byte(i), byte(i>>8), byte(i>>16), 1
-		if err := d.Set(i, id); err != nil {
+		if err := d.Set(i, id, chunk.ID{}); err != nil {
 			t.Fatal(err)
 		}
 	}

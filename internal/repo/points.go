@@ -301,7 +301,7 @@ func (r *Repository) ReadBlob(ctx context.Context, b point.Blob) ([]byte, error)
 	defer r.idle(readLevel, w)
 	var out []byte
 	for _, id := range b.Chunks {
-		plain, err := r.readChunk(ctx, w, id, min(r.conf.ChunkBytes, b.SizeBytes-int64(len(out))))
+		plain, err := r.readChunk(ctx, w, ref{id: id}, min(r.conf.ChunkBytes, b.SizeBytes-int64(len(out))))
 		if err != nil {
 			return nil, err
 		}

@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/index"
@@ -238,8 +237,11 @@ func (w *DiskWriter) Doubtful(ctx context.Context, within extent.Extent) (set ex
 	if err != nil {
 		return set, err
 	}
-	err = w.prev.walk(ctx, first, end, func(i int64, id chunk.ID) error {
-		stored, err := w.s.r.stores(ctx, h, id)
+	err = w.prev.walk(ctx, first, end, func(i int64, c ref) error {
+		stored, err := w.s.r.stores(ctx, h, w.s.r.recordID(c))
+		if err == nil && stored && c.overlay() {
+			stored, err = w.s.r.stores(ctx, h, c.base)
+		}
 		if err == nil && !stored {
 			set.Add(w.prev.extent(i).Intersect(within))
 		}

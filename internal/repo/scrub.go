@@ -10,6 +10,7 @@ import (
 	"syscall"
 
 	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/object"
@@ -37,6 +38,7 @@ func (c *check) scrub(ctx context.Context) error {
 	for range min(checkWorkers, runtime.GOMAXPROCS(0)) {
 		wg.Go(func() {
 			s := &scrubber{check: c}
+			s.bases.limit = int(max(4, cachedBytes/c.r.conf.ChunkBytes))
 			if c.r.keys != nil {
 				s.w = c.r.worker(readLevel)
 				defer c.r.idle(readLevel, s.w)
@@ -79,6 +81,7 @@ type scrubber struct {
 	w     *pack.Worker // nil without keys
 	buf   []byte
 	plain []byte
+	bases lru[chunk.ID, []byte] // of overlays; several are on one
 }
 
 // object checks one object. Damage is a finding; errors are trouble with the
@@ -218,7 +221,9 @@ func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
 			damage = []pack.Damage{{Off: -1, Err: errors.New("content does not match its name")}}
 		}
 		if s.o.ReadData {
-			good, damage = s.open(data, good, damage)
+			if good, damage, err = s.open(ctx, data, good, damage); err != nil {
+				return err
+			}
 		}
 		if len(damage) > 0 {
 			s.lost(ctx, p, good, damage)
@@ -245,19 +250,49 @@ func (s *scrubber) read(ctx context.Context, p heldPack) ([]byte, error) {
 	return s.buf[:n], nil
 }
 
-// open opens all records that look good.
-func (s *scrubber) open(data []byte, good []pack.Entry, damage []pack.Damage) ([]pack.Entry, []pack.Damage) {
+// open opens all records that look good. Only the end of the context is an
+// error.
+func (s *scrubber) open(ctx context.Context, data []byte, good []pack.Entry, damage []pack.Damage) ([]pack.Entry, []pack.Damage, error) {
 	opened := good[:0]
 	for _, e := range good {
-		plain, err := s.w.Open(s.plain, data[e.Off:e.End()], e.ID)
-		if err != nil {
+		if err := ctx.Err(); err != nil {
+			return nil, nil, err
+		}
+		if err := s.openOne(ctx, data[e.Off:e.End()], e); err != nil {
 			damage = append(damage, pack.Damage{Off: int64(e.Off), Err: err, Entry: &e})
 			continue
 		}
-		s.plain = plain
 		opened = append(opened, e)
 	}
-	return opened, damage
+	return opened, damage, nil
+}
+
+// openOne opens a record, and an overlay on its base. That this cannot be read
+// is for the base's own pack to answer for.
+func (s *scrubber) openOne(ctx context.Context, record []byte, e pack.Entry) error {
+	if e.Encoding != pack.Overlay {
+		plain, err := s.w.Open(s.plain, record, e.ID)
+		if err == nil {
+			s.plain = plain
+		}
+		return err
+	}
+	p, err := s.w.OpenOverlay(record, e.ID)
+	if err != nil {
+		return err
+	}
+	base := make([]byte, p.Bytes)
+	if !p.Whole() {
+		plain, ok := s.bases.get(p.Base)
+		if !ok {
+			if plain, err = s.r.readChunk(ctx, s.w, ref{id: p.Base}, int64(p.Bytes)); err != nil {
+				return nil
+			}
+			s.bases.put(p.Base, plain)
+		}
+		copy(base, plain)
+	}
+	return s.w.Apply(&p, base)
 }
 
 // lost makes a finding of the damage to a pack, and blames on it all chunks

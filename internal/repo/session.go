@@ -47,6 +47,8 @@ func (l Level) zstd() (int, error) {
 // SessionOptions hold for one session.
 type SessionOptions struct {
 	Level Level
+	// NoOverlays stores every changed chunk as a whole.
+	NoOverlays bool
 }
 
 // writersLock is the lock that every session holds and a vacuum wants alone.
@@ -57,13 +59,14 @@ const writersLock = "writers"
 //
 // It goes open → committed, failed or aborted, and never back.
 type Session struct {
-	r       *Repository
-	id      string
-	bin     [16]byte
-	level   int
-	ctx     context.Context // of the packs that are stored in the background
-	cancel  context.CancelFunc
-	release func()
+	r        *Repository
+	id       string
+	bin      [16]byte
+	level    int
+	overlays bool
+	ctx      context.Context // of the packs that are stored in the background
+	cancel   context.CancelFunc
+	release  func()
 
 	mu       sync.Mutex
 	quiet    sync.Cond          // signalled when flying falls
@@ -104,7 +107,7 @@ func (r *Repository) begin(ctx context.Context, o SessionOptions) (*Session, err
 		}
 	}
 	s := &Session{
-		r: r, level: level, release: release,
+		r: r, level: level, overlays: !o.NoOverlays, release: release,
 		pending: map[index.Key]bool{}, slots: map[*slot]struct{}{},
 		finished: map[point.ManifestID]*manifest.Spool{}, reused: map[point.ManifestID]bool{},
 	}
@@ -371,6 +374,17 @@ func (s *Session) writeRecords(ctx context.Context, points []*point.RestorePoint
 	return names, nil
 }
 
+// knows says whether chunk id, or an overlay's record of that name, need not be
+// stored.
+func (s *Session) knows(ctx context.Context, h *holdings, id chunk.ID) (bool, error) {
+	if known, err := s.r.stores(ctx, h, id); known || err != nil {
+		return known, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pending[index.KeyOf(id)] || h.storesFresh(id), nil
+}
+
 // claim says whether chunk id need not be stored; if not, it is from now on
 // this caller's to store.
 func (s *Session) claim(ctx context.Context, h *holdings, id chunk.ID) (known bool, err error) {
@@ -387,4 +401,17 @@ func (s *Session) claim(ctx context.Context, h *holdings, id chunk.ID) (known bo
 	}
 	s.pending[k] = true
 	return false, nil
+}
+
+// claimAgain makes the record id this caller's to store though there is one,
+// unless this session is storing it already.
+func (s *Session) claimAgain(id chunk.ID) bool {
+	k := index.KeyOf(id)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.pending[k] {
+		return false
+	}
+	s.pending[k] = true
+	return true
 }

@@ -23,6 +23,7 @@ type DiskWriter struct {
 	draft *manifest.Draft
 	slot  *slot
 	once  sync.Once // closes slot
+	bases bases     // for overlays
 }
 
 // PutKind says what became of a chunk.
@@ -117,17 +118,11 @@ func (w *DiskWriter) Put(ctx context.Context, index int64, plain []byte) (Put, e
 	pw := w.s.r.worker(w.s.level)
 	defer w.s.r.idle(w.s.level, pw)
 	id := pw.ID(plain)
-	fresh, bytes, err := w.s.store(ctx, w.slot, pw, id, plain)
+	c, put, err := w.place(ctx, pw, index, id, plain)
 	if err != nil {
 		return Put{}, err
 	}
-	put := Put{Kind: Known}
-	if fresh {
-		put = Put{Kind: New, StoredBytes: bytes}
-	} else if prev, hole, err := w.Previous(ctx, index); err == nil && !hole && prev == id {
-		put.Kind = Same
-	}
-	return put, w.draft.Set(index, id)
+	return put, w.draft.Set(index, c.id, c.base)
 }
 
 // Hole says that chunk index reads as zeros.
@@ -141,19 +136,24 @@ func (w *DiskWriter) Hole(index int64) error {
 // Previous is the chunk that the previous point has at index; it is a hole
 // also behind the previous point's end.
 func (w *DiskWriter) Previous(ctx context.Context, index int64) (id chunk.ID, hole bool, err error) {
+	c, hole, err := w.previous(ctx, index)
+	return c.id, hole, err
+}
+
+func (w *DiskWriter) previous(ctx context.Context, index int64) (c ref, hole bool, err error) {
 	if index < 0 {
-		return id, true, fmt.Errorf("chunk %d does not exist", index)
+		return c, true, fmt.Errorf("chunk %d does not exist", index)
 	}
 	if w.prev == nil || index >= w.prev.Chunks() {
-		return id, true, nil
+		return c, true, nil
 	}
-	return w.prev.Chunk(ctx, index)
+	return w.prev.ref(ctx, index)
 }
 
 // ReadPrevious fills buf with the previous point's chunk index, verified by
 // id, and with zeros where that ends.
 func (w *DiskWriter) ReadPrevious(ctx context.Context, index int64, buf []byte) error {
-	id, hole, err := w.Previous(ctx, index)
+	c, hole, err := w.previous(ctx, index)
 	if err != nil {
 		return err
 	}
@@ -162,11 +162,14 @@ func (w *DiskWriter) ReadPrevious(ctx context.Context, index int64, buf []byte) 
 		r := w.s.r
 		pw := r.worker(readLevel)
 		defer r.idle(readLevel, pw)
-		plain, err := r.readChunk(ctx, pw, id, chunk.Len(index, w.prev.Size(), r.conf.ChunkBytes))
+		plain, base, err := r.readBoth(ctx, pw, c, chunk.Len(index, w.prev.Size(), r.conf.ChunkBytes))
 		if err != nil {
 			return err
 		}
 		n = copy(buf, plain)
+		if w.s.overlays {
+			w.bases.keep(index, base)
+		}
 	}
 	clear(buf[n:])
 	return nil
@@ -307,7 +310,7 @@ func (w *DiskWriter) differs(ctx context.Context, no int64) (bool, error) {
 				return true, nil
 			}
 		case manifest.Data:
-			if !old.Data[i] || old.IDs[i] != p.IDs[i] {
+			if !old.Data[i] || old.IDs[i] != p.IDs[i] || old.Base(i) != p.Base(i) {
 				return true, nil
 			}
 		}
@@ -328,8 +331,11 @@ func (w *DiskWriter) writePage(ctx context.Context, mw *manifest.Writer, no int6
 		if err != nil {
 			return err
 		}
-		copy(out.IDs, old.IDs)
-		copy(out.Data, old.Data)
+		for i := range min(len(old.IDs), len(out.IDs)) {
+			if old.Data[i] {
+				out.Set(i, old.IDs[i], old.Base(i))
+			}
+		}
 	}
 	p, err := w.draft.Page(no)
 	if err != nil {
@@ -340,7 +346,7 @@ func (w *DiskWriter) writePage(ctx context.Context, mw *manifest.Writer, no int6
 		case manifest.Hole:
 			out.Data[i] = false
 		case manifest.Data:
-			out.IDs[i], out.Data[i] = p.IDs[i], true
+			out.Set(i, p.IDs[i], p.Base(i))
 		}
 	}
 	if !slices.Contains(out.Data, true) && mw.Base() {
@@ -352,6 +358,7 @@ func (w *DiskWriter) writePage(ctx context.Context, mw *manifest.Writer, no int6
 // close lets go of what the writer holds; it may be called twice.
 func (w *DiskWriter) close() {
 	w.draft.Close()
+	w.bases.clear()
 	if w.prev != nil {
 		w.prev.Close()
 	}

@@ -24,12 +24,22 @@ const (
 
 // A DraftPage is a page while its positions come in.
 type DraftPage struct {
-	IDs  [Positions]chunk.ID
-	Said [Positions]Said
+	IDs   [Positions]chunk.ID
+	Said  [Positions]Said
+	bases *[Positions]chunk.ID // of overlays; nil where there are none
+}
+
+// Base is on which chunk the record of position i is an overlay, or the zero
+// ID.
+func (p *DraftPage) Base(i int) (base chunk.ID) {
+	if p.bases != nil {
+		base = p.bases[i]
+	}
+	return base
 }
 
 // draftPages is how many pages of a Draft stay in memory: 8 MiB.
-const draftPages = 256
+const draftPages = 128
 
 // A Draft collects what is said about the positions of one disk, in any order
 // and however large the disk. Pages that do not fit in memory wait sealed in a
@@ -39,6 +49,7 @@ type Draft struct {
 	pages map[int64]*DraftPage // in memory
 	used  map[int64]uint64     // when each of them was last touched
 	slots map[int64]int64      // where each page waits in the file, or allHoles
+	based map[int64]bool       // which of those that wait have bases
 	next  int64                // the first slot never used
 	clock uint64
 	limit int
@@ -50,13 +61,14 @@ type Draft struct {
 
 // NewDraft makes an empty Draft.
 func NewDraft() *Draft {
-	d := &Draft{pages: map[int64]*DraftPage{}, used: map[int64]uint64{}, slots: map[int64]int64{}, limit: draftPages}
+	d := &Draft{pages: map[int64]*DraftPage{}, used: map[int64]uint64{}, slots: map[int64]int64{}, based: map[int64]bool{}, limit: draftPages}
 	rand.Read(d.key[:])
 	return d
 }
 
-// Set says that position index is the chunk id.
-func (d *Draft) Set(index int64, id chunk.ID) error {
+// Set says that position index is the chunk id, and on which base its record is
+// an overlay; the zero ID if it is none.
+func (d *Draft) Set(index int64, id, base chunk.ID) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	p, err := d.page(index / Positions)
@@ -64,6 +76,12 @@ func (d *Draft) Set(index int64, id chunk.ID) error {
 		return err
 	}
 	p.IDs[index%Positions], p.Said[index%Positions] = id, Data
+	if p.bases == nil && base != (chunk.ID{}) {
+		p.bases = new([Positions]chunk.ID)
+	}
+	if p.bases != nil {
+		p.bases[index%Positions] = base
+	}
 	return nil
 }
 
@@ -153,7 +171,11 @@ func (d *Draft) page(no int64) (*DraftPage, error) {
 // allHoles stands for a page that says hole everywhere and so needs no slot.
 const allHoles = -1
 
-const slotBytes = Positions*33 + seal.Overhead
+// Room for a page in the file, and what one without bases takes of it.
+const (
+	slotBytes  = Positions*(33+32) + seal.Overhead
+	plainBytes = Positions * 33
+)
 
 // evict writes the quarter of the pages that was not touched for longest.
 func (d *Draft) evict() error {
@@ -165,6 +187,12 @@ func (d *Draft) evict() error {
 		plain = plain[:0]
 		for i := range p.IDs {
 			plain = append(append(plain, byte(p.Said[i])), p.IDs[i][:]...)
+		}
+		d.based[no] = p.bases != nil
+		if p.bases != nil {
+			for i := range p.bases {
+				plain = append(plain, p.bases[i][:]...)
+			}
 		}
 		if uniform(p, Hole) {
 			d.slots[no] = allHoles
@@ -206,17 +234,27 @@ func (d *Draft) load(no int64, p *DraftPage) error {
 		}
 		return nil
 	}
-	b := make([]byte, slotBytes)
+	n := plainBytes
+	if d.based[no] {
+		n += Positions * 32
+	}
+	b := make([]byte, n+seal.Overhead)
 	if err := readFull(d.file, b, slot*slotBytes); err != nil {
 		return fmt.Errorf("temporary file: %w", err)
 	}
 	plain, err := d.key.Open(nil, b, le.AppendUint64(nil, uint64(no)))
-	if err != nil || len(plain) != Positions*33 {
+	if err != nil || len(plain) != n {
 		return fmt.Errorf("temporary file is not as it was written")
 	}
 	for i := range p.IDs {
 		p.Said[i] = Said(plain[33*i])
 		copy(p.IDs[i][:], plain[33*i+1:])
+	}
+	if n > plainBytes {
+		p.bases = new([Positions]chunk.ID)
+		for i := range p.bases {
+			copy(p.bases[i][:], plain[plainBytes+32*i:])
+		}
 	}
 	return nil
 }

@@ -68,7 +68,7 @@ func Open(r io.ReaderAt, size int64, id ID, repo [16]byte, meta *seal.Key) (*Fil
 		return nil, err
 	}
 	if meta != nil {
-		f.coder = newCoder(f.raw, key(meta, f.Salt))
+		f.coder = newCoder(f.raw, f.Salt, meta)
 	}
 	return f, nil
 }

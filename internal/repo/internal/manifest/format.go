@@ -109,8 +109,32 @@ func parseHeader(b []byte) (h Header, err error) {
 
 // A Page is what one page says: for each position a chunk or a hole.
 type Page struct {
-	IDs  []chunk.ID
-	Data []bool // false: a hole, whose id means nothing
+	IDs  []chunk.ID // of chunks, whatever the records that hold them are called
+	Data []bool     // false: a hole, whose id means nothing
+	// Bases says for each position on which chunk its record is an overlay; the
+	// zero ID where it is none. Bases is nil where no position has one.
+	Bases []chunk.ID
+}
+
+// Base is on which chunk the record of position i is an overlay, or the zero
+// ID.
+func (p *Page) Base(i int) (base chunk.ID) {
+	if p.Bases != nil && p.Data[i] {
+		base = p.Bases[i]
+	}
+	return base
+}
+
+// Set says that position i is the chunk id, and on which base its record is an
+// overlay, if it is one.
+func (p *Page) Set(i int, id, base chunk.ID) {
+	p.IDs[i], p.Data[i] = id, true
+	if p.Bases == nil && base != (chunk.ID{}) {
+		p.Bases = make([]chunk.ID, len(p.IDs))
+	}
+	if p.Bases != nil {
+		p.Bases[i] = base
+	}
 }
 
 // key is that of the manifest with this salt.
@@ -122,36 +146,54 @@ func key(meta *seal.Key, salt [16]byte) *seal.Key {
 // A coder encodes and decodes pages. It is not safe for concurrent use.
 type coder struct {
 	header []byte
-	key    *seal.Key
+	meta   *seal.Key
+	key    *seal.Key // from meta, for this manifest alone
 	codec  *zstd.Codec
 	aad    []byte
 	plain  []byte
 	frame  []byte
 }
 
-func newCoder(header []byte, k *seal.Key) *coder {
-	return &coder{header: header, key: k, codec: zstd.New(1)}
+func newCoder(header []byte, salt [16]byte, meta *seal.Key) *coder {
+	return &coder{header: header, meta: meta, key: key(meta, salt), codec: zstd.New(1)}
 }
 
 // encode gives page no.
 func (c *coder) encode(no int64, p Page) ([]byte, error) {
 	ids := make([]chunk.ID, 0, len(p.IDs))
+	records := make([]chunk.ID, len(p.IDs))
+	overlays := false
 	for i, id := range p.IDs {
-		if p.Data[i] {
-			ids = append(ids, id)
+		if !p.Data[i] {
+			continue
 		}
+		if base := p.Base(i); base != (chunk.ID{}) {
+			id = c.meta.OverlayID(id, base)
+			ids = append(ids, base)
+			overlays = true
+		}
+		records[i] = id
+		ids = append(ids, id)
 	}
 	slices.SortFunc(ids, compare)
 	ids = slices.Compact(ids)
 
 	c.plain = c.plain[:0]
-	for i := range p.IDs {
+	number := func(id chunk.ID, is bool) {
 		at := 0
-		if p.Data[i] {
-			at, _ = slices.BinarySearchFunc(ids, p.IDs[i], compare)
+		if is {
+			at, _ = slices.BinarySearchFunc(ids, id, compare)
 			at++
 		}
 		c.plain = le.AppendUint16(c.plain, uint16(at))
+	}
+	for i, id := range records {
+		number(id, p.Data[i])
+	}
+	if overlays {
+		for i := range records {
+			number(p.Base(i), p.Base(i) != chunk.ID{})
+		}
 	}
 	if n := zstd.Bound(len(c.plain)); cap(c.frame) < n {
 		c.frame = make([]byte, n)
@@ -210,20 +252,45 @@ func (c *coder) decode(b []byte, no int64, n int) (p Page, err error) {
 	if err != nil {
 		return p, err
 	}
-	c.plain = slices.Grow(c.plain[:0], 2*n)[:2*n]
-	if err := c.codec.Expand(c.plain, frame); err != nil {
+	c.plain = slices.Grow(c.plain[:0], 4*n)[:4*n]
+	got, err := c.codec.ExpandUpTo(c.plain, frame)
+	if err != nil {
 		return p, err
 	}
-	p = Page{make([]chunk.ID, n), make([]bool, n)}
-	for i := range n {
+	if got != 2*n && got != 4*n {
+		return p, fmt.Errorf("page %d has %d bytes of positions", no, got)
+	}
+	p = Page{IDs: make([]chunk.ID, n), Data: make([]bool, n)}
+	listed := func(i int) (id chunk.ID, is bool, err error) {
 		at := int(le.Uint16(c.plain[2*i:]))
 		if at == 0 {
-			continue
+			return id, false, nil
 		}
 		if at > len(ids)/32 {
-			return p, fmt.Errorf("page %d points behind its list", no)
+			return id, false, fmt.Errorf("page %d points behind its list", no)
 		}
-		p.IDs[i], p.Data[i] = chunk.ID(ids[32*(at-1):32*at]), true
+		return chunk.ID(ids[32*(at-1) : 32*at]), true, nil
+	}
+	for i := range n {
+		id, is, err := listed(i)
+		if err != nil {
+			return p, err
+		}
+		var base chunk.ID
+		overlay := false
+		if got == 4*n {
+			if base, overlay, err = listed(n + i); err != nil {
+				return p, err
+			}
+		}
+		switch {
+		case overlay && !is:
+			return p, fmt.Errorf("page %d gives a hole a base", no)
+		case overlay:
+			p.Set(i, c.meta.OverlayID(id, base), base)
+		case is:
+			p.Set(i, id, chunk.ID{})
+		}
 	}
 	return p, nil
 }

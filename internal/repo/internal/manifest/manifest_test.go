@@ -2,11 +2,14 @@ package manifest
 
 import (
 	"bytes"
+	"reflect"
+	"slices"
 	"testing"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/repo/internal/seal"
 	"github.com/backstay/backstay/internal/repo/internal/vectors"
+	"github.com/backstay/backstay/internal/repo/internal/zstd"
 )
 
 type vector struct {
@@ -21,7 +24,8 @@ type vectorPage struct {
 	No           int64
 	List         []vectors.Hex // ids, as the page lists them
 	Positions    []uint16
-	Frame, Nonce vectors.Hex // Positions as a zstd frame
+	Bases        []uint16    `json:",omitempty"` // of the overlays among them
+	Frame, Nonce vectors.Hex // Positions and Bases as a zstd frame
 }
 
 func (v *vector) build(t testing.TB) (ID, []byte) {
@@ -57,8 +61,7 @@ func frame(t testing.TB, positions []uint16) vectors.Hex {
 	for _, p := range positions {
 		plain = le.AppendUint16(plain, p)
 	}
-	c := newCoder(nil, nil)
-	f, err := c.codec.Compress(nil, plain)
+	f, err := zstd.New(1).Compress(nil, plain)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -71,13 +74,18 @@ func sample(t testing.TB) []*vector {
 	first := make([]uint16, Positions)
 	first[0], first[2], first[1023] = 2, 1, 2
 	base.Pages = []vectorPage{
-		{0, []vectors.Hex{vectors.Fill(0x10, 32), vectors.Fill(0x50, 32)}, first, frame(t, first), vectors.Fill(0x90, 12)},
-		{2, []vectors.Hex{vectors.Fill(0x30, 32)}, []uint16{0, 1, 0}, frame(t, []uint16{0, 1, 0}), vectors.Fill(0xa0, 12)},
+		{0, []vectors.Hex{vectors.Fill(0x10, 32), vectors.Fill(0x50, 32)}, first, nil, frame(t, first), vectors.Fill(0x90, 12)},
+		{2, []vectors.Hex{vectors.Fill(0x30, 32)}, []uint16{0, 1, 0}, nil, frame(t, []uint16{0, 1, 0}), vectors.Fill(0xa0, 12)},
 	}
 	id, _ := base.build(t)
 	diff := &vector{Repo: base.Repo, Salt: vectors.Fill(0x21, 16), MetaKey: base.MetaKey, ChunkBytes: base.ChunkBytes, DiskBytes: base.DiskBytes, Base: id[:]}
-	diff.Pages = []vectorPage{{2, nil, []uint16{0, 0, 0}, frame(t, []uint16{0, 0, 0}), vectors.Fill(0xb0, 12)}}
-	return []*vector{base, diff}
+	diff.Pages = []vectorPage{{2, nil, []uint16{0, 0, 0}, nil, frame(t, []uint16{0, 0, 0}), vectors.Fill(0xb0, 12)}}
+	// The first id is the base of the second, a record of its own and the base
+	// of the third.
+	over := &vector{Repo: base.Repo, Salt: vectors.Fill(0x22, 16), MetaKey: base.MetaKey, ChunkBytes: base.ChunkBytes, DiskBytes: base.DiskBytes, Base: id[:]}
+	list := []vectors.Hex{vectors.Fill(0x30, 32), vectors.Fill(0x50, 32), vectors.Fill(0x70, 32)}
+	over.Pages = []vectorPage{{2, list, []uint16{2, 1, 3}, []uint16{1, 0, 1}, frame(t, []uint16{2, 1, 3, 1, 0, 1}), vectors.Fill(0xc0, 12)}}
+	return []*vector{base, diff, over}
 }
 
 func TestVectors(t *testing.T) {
@@ -106,7 +114,15 @@ func TestVectors(t *testing.T) {
 				t.Fatal(err)
 			}
 			for k, at := range want.Positions {
-				if p.Data[k] != (at > 0) || at > 0 && !bytes.Equal(p.IDs[k][:], want.List[at-1]) {
+				var record, on chunk.ID
+				if at > 0 {
+					record = chunk.ID(want.List[at-1])
+				}
+				if want.Bases != nil && want.Bases[k] > 0 {
+					on = chunk.ID(want.List[want.Bases[k]-1])
+					record = meta.OverlayID(record, on)
+				}
+				if p.Data[k] != (at > 0) || at > 0 && (p.IDs[k] != record || p.Base(k) != on) {
 					t.Errorf("page %d position %d is wrong", want.No, k)
 				}
 			}
@@ -168,7 +184,11 @@ func TestADraftKeepsPagesThatDoNotFit(t *testing.T) {
 					d.SetHole(no*Positions + i)
 				}
 			}
-			if err := d.Set(no*Positions+int64(round), chunk.ID{byte(no), byte(round)}); no%3 != 0 && err != nil {
+			var base chunk.ID
+			if no%2 == 0 && round == 1 {
+				base = chunk.ID{7, byte(no)}
+			}
+			if err := d.Set(no*Positions+int64(round), chunk.ID{byte(no), byte(round)}, base); no%3 != 0 && err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -191,10 +211,61 @@ func TestADraftKeepsPagesThatDoNotFit(t *testing.T) {
 			if p.Said[i] != want || want == Data && p.IDs[i] != (chunk.ID{byte(no), byte(i)}) {
 				t.Fatalf("page %d position %d: %d %v", no, i, p.Said[i], p.IDs[i])
 			}
+			if p.Base(i) != (chunk.ID{}) != (no%2 == 0 && i == 1) || p.Base(i) != (chunk.ID{}) && p.Base(i) != (chunk.ID{7, byte(no)}) {
+				t.Fatalf("page %d position %d: base %v", no, i, p.Base(i))
+			}
 		}
 	}
 	if s, err := d.Said(99 * Positions); s != Nothing || err != nil {
 		t.Errorf("%d, %v", s, err)
+	}
+}
+
+// What a page says comes back, and it lists the bases of overlays among what it
+// needs.
+func TestPagesWithOverlays(t *testing.T) {
+	meta := seal.Key(vectors.Fill(0x40, 32))
+	h := Header{ChunkBytes: chunk.MinBytes, DiskBytes: Positions * chunk.MinBytes}
+	for _, overlays := range []int{0, 1, Positions} {
+		p := Page{IDs: make([]chunk.ID, Positions), Data: make([]bool, Positions)}
+		for i := range Positions {
+			var base chunk.ID
+			if i < overlays {
+				base = chunk.ID{2, byte(i), byte(i >> 8)}
+			}
+			p.Set(i, chunk.ID{1, byte(i), byte(i >> 8)}, base)
+		}
+		w, err := NewWriter(h, &meta)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.Page(0, p); err != nil {
+			t.Fatal(err)
+		}
+		id, sp, err := w.Finish()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer sp.Close()
+		f, err := Open(sp, sp.Size(), id, h.Repo, &meta)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := f.Page(0)
+		if err != nil || !reflect.DeepEqual(got, p) {
+			t.Errorf("%d overlays: %v", overlays, err)
+		}
+		needs, err := f.Needs(0)
+		if err != nil || len(needs) != Positions+overlays {
+			t.Fatalf("%d overlays: %d ids, %v", overlays, len(needs), err)
+		}
+		for i := range overlays {
+			for _, id := range []chunk.ID{p.Bases[i], meta.OverlayID(p.IDs[i], p.Bases[i])} {
+				if !slices.Contains(needs, id) {
+					t.Fatalf("%d overlays: the list lacks what position %d needs", overlays, i)
+				}
+			}
+		}
 	}
 }
 

@@ -30,7 +30,7 @@ func newWriter(h Header, meta *seal.Key) (*Writer, error) {
 		return nil, fmt.Errorf("a disk cannot have %d bytes", h.DiskBytes)
 	}
 	w := &Writer{h: h, raw: h.encode(), out: NewSpool(), last: -1}
-	w.coder = newCoder(w.raw, key(meta, h.Salt))
+	w.coder = newCoder(w.raw, h.Salt, meta)
 	_, err := w.out.Write(w.raw)
 	return w, err
 }

@@ -22,14 +22,17 @@ type Worker struct {
 	idHash  *blake3.Hasher
 	keyHash *blake3.Hasher
 	codec   *zstd.Codec
+	meta    seal.Key
 	frame   []byte // a chunk compressed
+	blocks  []byte // those of an overlay
+	body    []byte // of an overlay
 	record  []byte
 	aad     []byte
 }
 
 // NewWorker makes a worker for the repository with this id. Level is zstd's.
 func NewWorker(repo [16]byte, k *seal.Keys, level int) *Worker {
-	return &Worker{repo: repo, idHash: k.ID.Hasher(), keyHash: k.Data.Hasher(), codec: zstd.New(level)}
+	return &Worker{repo: repo, idHash: k.ID.Hasher(), keyHash: k.Data.Hasher(), meta: k.Meta, codec: zstd.New(level)}
 }
 
 // ID names the chunk that holds plain.
@@ -91,26 +94,54 @@ func (w *Worker) seal(e *Entry, body []byte, nonce [seal.NonceBytes]byte) []byte
 }
 
 // Open gives the chunk id out of its record, in dst's memory if that suffices.
-// It overwrites the record. Errors are evidence without a place.
+// It overwrites the record. It gives ErrOverlay where the record is one. Other
+// errors are evidence without a place.
 func (w *Worker) Open(dst, record []byte, id chunk.ID) ([]byte, error) {
-	e, _, err := ParseRecordHeader(record)
+	dst, err := w.Expand(dst, record, id)
+	if err == nil {
+		err = w.Prove(dst, id)
+	}
 	if err != nil {
 		return nil, err
 	}
+	return dst, nil
+}
+
+// Prove says whether plain is the chunk id.
+func (w *Worker) Prove(plain []byte, id chunk.ID) error {
+	if got := w.ID(plain); !bytes.Equal(got[:], id[:]) {
+		return errors.New("chunk does not match its id")
+	}
+	return nil
+}
+
+// unseal gives what the record id seals, in the record's memory.
+func (w *Worker) unseal(record []byte, id chunk.ID) (e Entry, body []byte, err error) {
+	e, _, err = ParseRecordHeader(record)
+	if err != nil {
+		return e, nil, err
+	}
 	if e.ID != id {
-		return nil, fmt.Errorf("record of chunk %s where %s should be", e.ID.Short(), id.Short())
+		return e, nil, fmt.Errorf("record of chunk %s where %s should be", e.ID.Short(), id.Short())
 	}
 	if int64(len(record)) < e.Bytes() {
-		return nil, errors.New("record is cut short")
-	}
-	if e.Encoding == Overlay {
-		return nil, fmt.Errorf("overlay chunk %s: %w", id.Short(), fault.ErrUnsupported)
+		return e, nil, errors.New("record is cut short")
 	}
 	sealed := record[RecordHeader:e.Bytes()]
 	k := w.key(&id)
-	body, err := k.Open(sealed[seal.NonceBytes:seal.NonceBytes], sealed, w.bind(&e))
+	body, err = k.Open(sealed[seal.NonceBytes:seal.NonceBytes], sealed, w.bind(&e))
+	return e, body, err
+}
+
+// Expand is Open without the proof that what was sealed has that id: for the
+// bases of overlays, which are proven by what becomes of them.
+func (w *Worker) Expand(dst, record []byte, id chunk.ID) ([]byte, error) {
+	e, body, err := w.unseal(record, id)
 	if err != nil {
 		return nil, err
+	}
+	if e.Encoding == Overlay {
+		return nil, ErrOverlay
 	}
 	if cap(dst) < int(e.PLen) {
 		dst = make([]byte, e.PLen)
@@ -127,9 +158,6 @@ func (w *Worker) Open(dst, record []byte, id chunk.ID) ([]byte, error) {
 		}
 	default:
 		return nil, fmt.Errorf("record encoding %d: %w", e.Encoding, fault.ErrUnsupported)
-	}
-	if got := w.ID(dst); !bytes.Equal(got[:], id[:]) {
-		return nil, errors.New("chunk does not match its id")
 	}
 	return dst, nil
 }

@@ -83,6 +83,17 @@ func (k *Key) KeyedHash(parts ...[]byte) (sum [32]byte) {
 	return sum
 }
 
+// OverlayID gives the id of the record that holds chunk id as an overlay on
+// base, and of that record's id the chunk's again; k is the metadata key. Only
+// who has it can tell which chunk an overlay is of.
+func (k *Key) OverlayID(id, base [32]byte) [32]byte {
+	mask := k.KeyedHash([]byte("backstay v1 overlay"), base[:])
+	for i := range id {
+		id[i] ^= mask[i]
+	}
+	return id
+}
+
 // Hasher hashes with the key k; it can be reset and used again.
 func (k *Key) Hasher() *blake3.Hasher {
 	h, err := blake3.NewKeyed(k[:])

@@ -14,15 +14,22 @@ type Codec struct {
 // Expand fills dst, whose length is that of the chunk, from a frame. It takes
 // no memory that the frame asks for.
 func (c *Codec) Expand(dst, frame []byte) error {
+	n, err := c.ExpandUpTo(dst, frame)
+	if err == nil && n != len(dst) {
+		err = fmt.Errorf("frame expands to %d bytes, want %d", n, len(dst))
+	}
+	return err
+}
+
+// ExpandUpTo fills the front of dst, which is at least as long as what comes
+// out, and says how much that is.
+func (c *Codec) ExpandUpTo(dst, frame []byte) (int, error) {
 	if len(frame) == 0 || len(dst) == 0 {
-		return fmt.Errorf("empty frame or chunk")
+		return 0, fmt.Errorf("empty frame or chunk")
 	}
 	n, err := c.expand(dst, frame)
-	if err != nil {
-		return err
+	if err == nil && n > len(dst) {
+		err = fmt.Errorf("frame expands to %d bytes, want %d at most", n, len(dst))
 	}
-	if n != len(dst) {
-		return fmt.Errorf("frame expands to %d bytes, want %d", n, len(dst))
-	}
-	return nil
+	return n, err
 }
