@@ -76,6 +76,7 @@ var rules = []rule{
 	{"data/", createHashed, true, 2 << 30},
 	{"par/", create, true, 2 << 30},
 	{"idx/l0/", createBound, false, large}, // rebuilt from packs
+	{"idx/", none, false, large},           // joined by vacuum
 	{"man/", create, true, large},
 	{"rp/", createBound, true, small},
 	{"session/", own, false, small},
