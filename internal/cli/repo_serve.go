@@ -35,10 +35,11 @@ included; better have no such token, and run these on the server itself, as the
 user that the server runs as: backstay repo vacuum --repo DIR/NAME.
 
 --immutable-for 14d refuses everybody, also an admin, over the network, to
-delete or overwrite what restore points are made of before it is that old. The
-time is the server's own: it counts while the server runs, and setting the
-machine's clock does not move it. It stays in force when the server is started
-without the flag.
+overwrite what restore points are made of, or to delete it before it is that
+old; what is older and deleted is set aside for as long again, in .aside of the
+repository's directory. The time is the server's own: it counts while the server
+runs, and setting the machine's clock does not move it. It stays in force when
+the server is started without the flag.
 
 The server makes its key when it first starts. Every token holds the key's
 fingerprint, so clients talk to this server alone. What is refused is written

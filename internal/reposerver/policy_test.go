@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -301,10 +302,8 @@ func TestImmutable(t *testing.T) {
 	held := func(name string) {
 		t.Helper()
 		over, remove := putIn(t, st, name, "overwritten"), st.Delete(t.Context(), name)
-		for what, err := range map[string]error{"overwrite": over, "delete": remove} {
-			if !errors.Is(err, fault.ErrDenied) || !strings.Contains(err.Error(), "immutable for another") {
-				t.Errorf("%s of %s: %v, want fault.ErrDenied", what, name, err)
-			}
+		if !errors.Is(over, fault.ErrDenied) || !errors.Is(remove, fault.ErrDenied) || !strings.Contains(remove.Error(), "immutable for another") {
+			t.Errorf("%s: overwrite %v, delete %v, want fault.ErrDenied", name, over, remove)
 		}
 		if err := createIn(t, st, name, "x"); !errors.Is(err, fault.ErrExists) {
 			t.Errorf("create of %s: %v, want fault.ErrExists", name, err)
@@ -348,8 +347,14 @@ func TestImmutable(t *testing.T) {
 	all()
 	ran.Store(int64(13*day + time.Minute))
 	held("man/aa/x")
+	if err := putIn(t, st, "man/aa/old", "y"); !errors.Is(err, fault.ErrDenied) {
+		t.Errorf("overwrite of what may be deleted: %v, want fault.ErrDenied", err)
+	}
+	if err := st.Delete(t.Context(), "man/aa/old"); err != nil {
+		t.Errorf("delete after all: %v", err)
+	}
 	if err := putIn(t, st, "man/aa/old", "y"); err != nil {
-		t.Errorf("overwrite after all: %v", err)
+		t.Errorf("the name again: %v", err)
 	}
 	if err := st.Delete(t.Context(), "man/aa/old"); !errors.Is(err, fault.ErrDenied) {
 		t.Errorf("delete of what is young again: %v, want fault.ErrDenied", err)
@@ -361,6 +366,38 @@ func TestImmutable(t *testing.T) {
 		}
 	}
 	held("man/aa/new")
+
+	// What was deleted is still on the server's disk, for as long again.
+	aside := func(name string) int {
+		t.Helper()
+		found, err := filepath.Glob(filepath.Join(g.dir, "r", ".aside", "*", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(found)
+	}
+	for at, want := range map[time.Duration]int{14*day + time.Minute: 1, 27 * day: 1} {
+		ran.Store(int64(at))
+		g.srv.forgetAside(t.Context())
+		for _, name := range []string{"man/aa/old", "man/aa/x", "keys/0000000000000001"} {
+			if n := aside(name); n != want {
+				t.Errorf("after %s %s is aside %d times, want %d", at, name, n, want)
+			}
+		}
+		if names, err := blobtest.Names(t.Context(), st, ""); err != nil || slices.Contains(names, "man/aa/x") {
+			t.Errorf("list: %q, %v", names, err)
+		}
+	}
+	ran.Store(int64(27*day + 3*time.Hour))
+	g.srv.forgetAside(t.Context())
+	if old, x := aside("man/aa/old"), aside("man/aa/x"); old != 0 || x != 1 {
+		t.Errorf("man/aa/old is aside %d times, man/aa/x %d times", old, x)
+	}
+	ran.Store(int64(28*day + 3*time.Hour))
+	g.srv.forgetAside(t.Context())
+	if entries, err := os.ReadDir(filepath.Join(g.dir, "r", ".aside")); err != nil || len(entries) > 0 {
+		t.Errorf("aside there is %v, %v", entries, err)
+	}
 }
 
 // What was promised stays promised until somebody says otherwise, twice.

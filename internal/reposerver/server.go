@@ -156,11 +156,12 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		Protocols: new(http.Protocols),
 	}
 	srv.Protocols.SetHTTP1(true)
-	clockCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
-	var clockDone sync.WaitGroup
-	clockDone.Go(func() {
-		s.clock.run(clockCtx, func(err error) { s.log.Error("the server's clock could not be saved", "error", err) })
+	behindCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var behind sync.WaitGroup
+	behind.Go(func() {
+		s.clock.run(behindCtx, func(err error) { s.log.Error("the server's clock could not be saved", "error", err) })
 	})
+	behind.Go(func() { s.sweep(behindCtx) })
 	ended := make(chan error, 1)
 	go func() { ended <- srv.ServeTLS(limitListener(l, s.limit.conns, s.limit.connsPerHost), "", "") }()
 	var err error
@@ -176,7 +177,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		<-ended
 	}
 	stop()
-	clockDone.Wait()
+	behind.Wait()
 	if errors.Is(err, http.ErrServerClosed) {
 		err = nil
 	}

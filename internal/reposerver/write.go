@@ -62,10 +62,8 @@ func (x *exchange) put() error {
 			return err
 		}
 		return fmt.Errorf("%s: %w", x.to.Name, fault.ErrExists)
-	case there:
-		if err := x.letGo(rule); err != nil {
-			return err
-		}
+	case there && held:
+		return fmt.Errorf("%s is immutable, and nothing overwrites it over the network: %w", x.to.Name, fault.ErrDenied)
 	case held:
 		mayReplace = false // what appears meanwhile is young
 	}
@@ -170,6 +168,13 @@ func (x *exchange) delete() error {
 				return err
 			}
 			x.s.log.Info("deleted", "from", x.r.RemoteAddr, "token", x.grant.Name, "repository", x.to.Repo, "object", x.to.Name)
+			if rule.held && x.s.held > 0 {
+				if err := x.store.SetAside(context.WithoutCancel(ctx), x.to.Name, x.s.asideName()); err != nil {
+					return err
+				}
+				x.w.WriteHeader(http.StatusNoContent)
+				return nil
+			}
 		}
 	case x.grant.Role == Backup && rule.backup == own:
 		if err := x.disown(ctx, rule); err != nil {
@@ -209,7 +214,7 @@ func (x *exchange) disown(ctx context.Context, rule rule) error {
 	return nil
 }
 
-// letGo says whether the object that is there may be deleted or overwritten.
+// letGo says whether the object that is there may be deleted.
 func (x *exchange) letGo(rule rule) error {
 	if !rule.held || x.s.held == 0 {
 		return nil

@@ -326,3 +326,51 @@ func BenchmarkPutPack(b *testing.B) {
 		}
 	}
 }
+
+// What is set aside is out of every listing and every name's way, and stays on
+// the disk until it is forgotten.
+func TestSetAside(t *testing.T) {
+	dir := t.TempDir()
+	st := create(t, dir)
+	put(t, st, "a/x", "first")
+	put(t, st, "a/y", "other")
+	for range 2 { // one that is gone is no error
+		if err := st.SetAside(t.Context(), "a/x", "monday"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if names, err := blobtest.Names(t.Context(), st, ""); err != nil || !slices.Equal(names, []string{"a/y"}) {
+		t.Errorf("list: %q, %v", names, err)
+	}
+	if _, err := st.Size(t.Context(), "a/x"); !errors.Is(err, fault.ErrNotFound) {
+		t.Errorf("size: %v", err)
+	}
+	put(t, st, "a/x", "second")
+	if err := st.SetAside(t.Context(), "a/x", "monday"); !errors.Is(err, fault.ErrExists) {
+		t.Errorf("a place that is taken: %v, want fault.ErrExists", err)
+	}
+	if b, err := blobtest.Read(t.Context(), st, "a/x"); err != nil || string(b) != "second" {
+		t.Errorf("it holds %q, %v", b, err)
+	}
+	if err := st.SetAside(t.Context(), "a/x", "tuesday"); err != nil {
+		t.Fatal(err)
+	}
+	for _, under := range []string{"", "..", "a/b", "../../x"} {
+		if err := st.SetAside(t.Context(), "a/y", under); err == nil {
+			t.Errorf("set aside under %q", under)
+		}
+	}
+	if b, err := os.ReadFile(filepath.Join(dir, ".aside", "monday", "a", "x")); err != nil || string(b) != "first" {
+		t.Errorf("aside is %q, %v", b, err)
+	}
+	if n, err := st.ForgetAside(t.Context(), func(under string) bool { return under == "monday" }); err != nil || n != 1 {
+		t.Errorf("forgot %d, %v", n, err)
+	}
+	if left, err := os.ReadDir(filepath.Join(dir, ".aside")); err != nil || len(left) != 1 || left[0].Name() != "tuesday" {
+		t.Errorf("left %v, %v", left, err)
+	}
+	put(t, st, "b/x", "again")
+	if err := st.SetAside(t.Context(), "b/x", "monday"); err != nil {
+		t.Errorf("in a directory that was forgotten: %v", err)
+	}
+}
