@@ -269,13 +269,18 @@ def records(f, name):
 @functools.lru_cache(16)
 def chunk(rid, base):
     """The chunk whose record is rid, an overlay on the chunk base unless that is None."""
-    must(rid in WHERE, "record %s is in no pack" % rid.hex())
-    for name, off in WHERE[rid]:
+    for name, off in WHERE.get(rid, []):
         try:
             return opened(rid, base, name, off)
         except (Exception, SystemExit) as e:
             print("passing over a damaged record in %s: %s" % (name, e), file=sys.stderr)
-    sys.exit("corrupt: record " + rid.hex())
+    if base and chunk_id(rid, base) in WHERE:
+        return chunk(chunk_id(rid, base), None)
+    sys.exit("record %s is damaged or in no pack" % rid.hex())
+
+
+def chunk_id(rid, base):
+    return bytes(a ^ b for a, b in zip(rid, blake3(b"backstay v1 overlay" + base, META)))
 
 
 def opened(rid, base, name, off):
@@ -290,8 +295,7 @@ def opened(rid, base, name, off):
     if enc == 2:
         must(body[:32] == base, name + ": an overlay on another chunk")
         body = overlay(body, plen)
-        mask = blake3(b"backstay v1 overlay" + base, META)
-        rid = bytes(a ^ b for a, b in zip(rid, mask))
+        rid = chunk_id(rid, base)
     must(len(body) == plen and blake3(body, IDKEY) == rid, name)
     return body
 

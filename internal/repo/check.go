@@ -479,6 +479,9 @@ func (c *check) blamePage(ctx context.Context, rec *record, d *point.Disk, id ma
 func (c *check) needsNoBase(ctx context.Context, at ref) bool {
 	w := c.r.worker(readLevel)
 	defer c.r.idle(readLevel, w)
-	whole, err := c.r.whole(ctx, w, at)
-	return err == nil && whole
+	if whole, err := c.r.whole(ctx, w, at); err == nil && whole {
+		return true
+	}
+	stored, err := c.r.stores(ctx, c.h, at.id)
+	return err == nil && stored
 }

@@ -245,6 +245,12 @@ func TestADamagedBaseHeals(t *testing.T) {
 		}
 	}
 
+	// The chunk itself, where another VM brings it, is as good.
+	copied := st.Clone()
+	r2 := mustOpen(t, copied)
+	mustBackup(t, r2, "web02", b, nil, nil)
+	mustRead(t, r2, q, b)
+
 	// An incremental backup that is told that nothing changed.
 	heal := func(prev *point.RestorePoint, content []byte) *point.RestorePoint {
 		t.Helper()

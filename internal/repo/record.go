@@ -294,6 +294,13 @@ func (o *opener) readLayers(ctx context.Context, c ref) (plain, base []byte, err
 		return err
 	})
 	if lost := (*baseError)(nil); errors.As(err, &lost) {
+		// Somebody may have stored the chunk with a record of its own.
+		if h, herr := o.r.held(ctx); herr == nil {
+			if stored, serr := o.r.stores(ctx, h, c.id); serr == nil && stored {
+				plain, err = o.readWhole(ctx, c.id)
+				return plain, nil, err
+			}
+		}
 		err = fmt.Errorf("base of chunk %s: %w", lost.of.Short(), lost.err)
 	}
 	return plain, base, err
