@@ -18,7 +18,7 @@ import (
 
 func (a *app) repoCmd() *cobra.Command {
 	return noun("repo", "make and care for a repository",
-		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoVacuumCmd(), a.repoKeyCmd(), a.repoServeCmd())
+		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoVacuumCmd(), a.repoKeyCmd(), a.repoCopyCmd(), a.repoServeCmd())
 }
 
 func (a *app) repoInitCmd() *cobra.Command {
@@ -234,6 +234,10 @@ func (a *app) openCareful(ctx context.Context, needKey bool) (*repo.Repository, 
 	if needKey || a.atHand(&a.cred) {
 		return a.openRepo(ctx)
 	}
+	return a.openKeyless(ctx)
+}
+
+func (a *app) openKeyless(ctx context.Context) (*repo.Repository, error) {
 	st, err := a.openStore(ctx)
 	if err != nil {
 		return nil, err
