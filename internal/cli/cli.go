@@ -30,13 +30,13 @@ type app struct {
 	stderr io.Writer // talk, progress, errors
 	getenv func(string) string
 
-	repoURL   string
-	cred      credentials
-	tokenFile string
-	stateDir  string
-	json      bool
-	quiet     bool
-	verbose   bool
+	repoURL    string
+	cred       credentials
+	tokenFiles []string
+	stateDir   string
+	json       bool
+	quiet      bool
+	verbose    bool
 
 	// code is the exit code of a command that ended without an error: 0, or 4
 	// for done with warnings.
@@ -107,7 +107,7 @@ Every restore point is a full: it restores alone, whatever was read to make it.`
 	f.StringVar(&a.repoURL, "repo", "", "repository: a path, s3://endpoint/bucket/prefix, azblob://account/container/prefix, sftp://user@host/path or backstay://host:port/name (or set BACKSTAY_REPO)")
 	a.cred.addFlags(f, "")
 	a.cred.addIdentityFlag(f, "")
-	f.StringVar(&a.tokenFile, "token-file", "", "file with the token for a backstay:// repository (or BACKSTAY_TOKEN_FILE, BACKSTAY_TOKEN)")
+	f.StringArrayVar(&a.tokenFiles, "token-file", nil, "file with the token for a backstay:// repository (or BACKSTAY_TOKEN_FILE, BACKSTAY_TOKEN); may be repeated")
 	f.StringVar(&a.stateDir, "state-dir", defaultStateDir(), "where the journal of what was made on hosts is kept")
 	f.BoolVar(&a.json, "json", false, "print results as JSON, one object per line in lists")
 	f.BoolVarP(&a.quiet, "quiet", "q", false, "no progress bars and no talk, only results and errors")
