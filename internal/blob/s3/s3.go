@@ -16,6 +16,7 @@ import (
 	"iter"
 	"net/http"
 	"strings"
+	"time"
 
 	"github.com/minio/minio-go/v7"
 
@@ -29,6 +30,7 @@ import (
 type Store struct {
 	client minio.Core
 	at     Location
+	until  func(name string) time.Time // nil without retention
 }
 
 var (
@@ -76,6 +78,11 @@ func (s *Store) put(ctx context.Context, name string, body io.ReaderAt, size int
 	case n < size:
 		return fmt.Errorf("%s: body: %w", name, io.ErrUnexpectedEOF)
 	}
+	if s.until != nil {
+		if t := s.until(name); !t.IsZero() {
+			o.Mode, o.RetainUntilDate = minio.Compliance, t.UTC()
+		}
+	}
 	o.DisableMultipart = true
 	o.DisableContentSha256 = true // Content-MD5 covers the bytes, and the signature covers Content-MD5
 	o.ContentType = "application/octet-stream"
@@ -85,6 +92,11 @@ func (s *Store) put(ctx context.Context, name string, body io.ReaderAt, size int
 
 // ReadAt implements blob.Store, by one GET of that range.
 func (s *Store) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
+	return s.readAt(ctx, name, "", p, off)
+}
+
+// readAt reads that version of the object, or the current one.
+func (s *Store) readAt(ctx context.Context, name, version string, p []byte, off int64) (int, error) {
 	key, err := s.key(name)
 	if err != nil {
 		return 0, err
@@ -96,7 +108,7 @@ func (s *Store) ReadAt(ctx context.Context, name string, p []byte, off int64) (i
 		_, err := s.Size(ctx, name)
 		return 0, err
 	}
-	var o minio.GetObjectOptions
+	o := minio.GetObjectOptions{VersionID: version}
 	if err := o.SetRange(off, off+int64(len(p))-1); err != nil {
 		return 0, fmt.Errorf("%s: %w", name, err)
 	}
@@ -185,7 +197,12 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	err = s.classify(ctx, name, s.client.RemoveObject(ctx, s.at.Bucket, key, minio.RemoveObjectOptions{}))
+	if s.until != nil {
+		err = s.purge(ctx, key)
+	} else {
+		err = s.client.RemoveObject(ctx, s.at.Bucket, key, minio.RemoveObjectOptions{})
+	}
+	err = s.classify(ctx, name, err)
 	if errors.Is(err, fault.ErrNotFound) && !errors.Is(err, errNoBucket) {
 		return nil
 	}
