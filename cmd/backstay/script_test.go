@@ -204,6 +204,16 @@ func TestScripts(t *testing.T) {
 					ts.Fatalf("the server ended with %v: %s", err, log)
 				}
 			},
+			// first FILE: sets POINT to the first VM/ID that a list in FILE names.
+			"first": func(ts *testscript.TestScript, neg bool, args []string) {
+				for _, f := range strings.Fields(ts.ReadFile(args[0])) {
+					if strings.Contains(f, "/") {
+						ts.Setenv("POINT", f)
+						return
+					}
+				}
+				ts.Fatalf("%s names no point", args[0])
+			},
 			// size FILE BYTES: makes or cuts a file to that length.
 			"size": func(ts *testscript.TestScript, neg bool, args []string) {
 				n, err := strconv.ParseInt(args[1], 10, 64)

@@ -34,6 +34,7 @@ type app struct {
 	cred       credentials
 	tokenFiles []string
 	stateDir   string
+	asOf       string // empty for now
 	json       bool
 	quiet      bool
 	verbose    bool

@@ -123,6 +123,8 @@ func hints(err error, cmd *cobra.Command) []string {
 		if cmd != nil {
 			out = append(out, fmt.Sprintf(`run "%s --help"`, cmd.CommandPath()))
 		}
+	case errors.As(err, new(*repo.ImmutableError)):
+		out = append(out, "nobody shortens that; it can be deleted from then on, and prune passes over it until then")
 	case errors.Is(err, context.Canceled):
 		out = append(out, "nothing half-made is left; run the same command again")
 	case errors.Is(err, fault.ErrCorrupt) && cmd != nil && cmd.CommandPath() == "backstay repo check":

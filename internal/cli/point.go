@@ -42,7 +42,8 @@ func (a *app) pointListCmd() *cobra.Command {
 		Use:   "list [VM]",
 		Short: "list restore points by VM, oldest first",
 		Example: `  backstay point list --repo /srv/backup
-  backstay point list web01 --json --repo /srv/backup`,
+  backstay point list web01 --json --repo /srv/backup
+  backstay point list --as-of "2026-11-22 03:15" --repo s3://s3.example.com/backups/site-a`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 {
@@ -55,6 +56,7 @@ func (a *app) pointListCmd() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&vmName, "vm", "", "only this VM's")
+	a.asOfFlag(cmd.Flags())
 	return cmd
 }
 

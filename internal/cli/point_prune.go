@@ -13,6 +13,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo"
 	"github.com/backstay/backstay/internal/retention"
 	"github.com/backstay/backstay/internal/vm"
 )
@@ -94,7 +95,8 @@ func (a *app) prunePoints(ctx context.Context, o pruneOptions, names []string) e
 	}
 	byVM := map[string][]retention.Point{}
 	for _, p := range points {
-		byVM[p.VM] = append(byVM[p.VM], retention.Point{ID: string(p.ID), Time: p.Time, Suspect: p.Suspect != ""})
+		byVM[p.VM] = append(byVM[p.VM], retention.Point{ID: string(p.ID), Time: p.Time, Suspect: p.Suspect != "",
+			Protected: p.ImmutableUntil != nil && p.ImmutableUntil.After(time.Now())})
 	}
 	var vms []string
 	for name := range byVM {
@@ -138,7 +140,12 @@ func (a *app) prunePoints(ctx context.Context, o pruneOptions, names []string) e
 		if o.dryRun {
 			continue
 		}
-		if err := r.DeletePoint(ctx, l.VM, l.ID); err != nil && !errors.Is(err, fault.ErrNotFound) {
+		if err := r.DeletePoint(ctx, l.VM, l.ID); errors.As(err, new(*repo.ImmutableError)) {
+			a.say("not yet: %v", err) // the storage keeps it a little longer than was promised
+			gone--
+			kept++
+			continue
+		} else if err != nil && !errors.Is(err, fault.ErrNotFound) {
 			return fmt.Errorf("%s/%s: %w", vm.EscapeName(l.VM), l.ID, err)
 		}
 		l.Deleted = true

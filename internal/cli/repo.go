@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"filippo.io/age"
 	"github.com/spf13/cobra"
@@ -49,6 +50,7 @@ object storages, which do the like themselves.`,
 		Example: `  backstay repo init --repo /srv/backup --password-file /root/backstay.pass
   backstay repo init --repo /srv/backup --recovery-kit kit.txt
   backstay repo init --repo s3://s3.example.com/backups/site-a
+  backstay repo init --repo s3://s3.example.com/locked/site-a --immutable-for 14d
   AZURE_STORAGE_KEY_FILE=/root/azure.key backstay repo init --repo azblob://examplebackups/site-a
   backstay repo init --repo sftp://backup@nas.example.com/srv/backup
   backstay repo init --repo backstay://nas.example.com/web --token-file /root/web.token
@@ -63,6 +65,7 @@ object storages, which do the like themselves.`,
 	f.StringVar(&o.parity, "parity", "auto", oneOf(parityWords)+": store what heals damage beside each object")
 	completeWords(cmd, "parity", parityWords)
 	f.StringArrayVar(&o.recipients, "recipient", nil, "age recipient that can open the repository; may be repeated")
+	f.StringVar(&o.immutable, "immutable-for", "", "how long each restore point stays whatever anybody asks, such as 14d; in a bucket with Object Lock the storage sees to it")
 	f.StringVar(&o.label, "label", "", "whose passphrase it is, for people; encrypted like all else")
 	f.StringVar(&o.kit, "recovery-kit", "", "make a recovery key too and write it, with what a restore needs, to this new file (- for stdout)")
 	return cmd
@@ -74,6 +77,7 @@ type initOptions struct {
 	parity     string
 	label      string
 	kit        string
+	immutable  string
 }
 
 var parityWords = []string{"auto", "on", "off"}
@@ -119,6 +123,13 @@ func (a *app) repoInit(ctx context.Context, o initOptions) error {
 	if err := chunk.CheckBytes(chunkBytes); err != nil {
 		return usage("--chunk-size: %w", err)
 	}
+	var immutable time.Duration
+	if o.immutable != "" {
+		var err error
+		if immutable, err = parsePeriod(o.immutable); err != nil {
+			return usage("--immutable-for: %w", err)
+		}
+	}
 	at, err := a.storeAt()
 	if err != nil {
 		return err
@@ -142,19 +153,26 @@ func (a *app) repoInit(ctx context.Context, o initOptions) error {
 	defer st.Close()
 	k.repo = st.String()
 	parity := o.parity == "on" || o.parity == "auto" && at.ownDisks()
-	err = repo.Init(ctx, st, repo.InitOptions{ChunkBytes: chunkBytes, Keys: keys, Parity: parity})
+	err = repo.Init(ctx, st, repo.InitOptions{ChunkBytes: chunkBytes, Keys: keys, Parity: parity, ImmutableFor: immutable})
 	if o.kit != "" {
 		k.end(err)
 	}
 	if err != nil {
-		return fmt.Errorf("repository %s: %w", st, err)
+		err = fmt.Errorf("repository %s: %w", st, err)
+		if immutable > 0 && errors.Is(err, fault.ErrUnsupported) {
+			err = withHint(err, "make a bucket with Object Lock for it; without --immutable-for this one will do")
+		}
+		return err
 	}
 	if a.json {
-		return a.printJSON(map[string]any{"repository": st.String(), "chunk_bytes": chunkBytes, "parity": parity})
+		return a.printJSON(map[string]any{"repository": st.String(), "chunk_bytes": chunkBytes, "parity": parity, "immutable_seconds": int64(immutable / time.Second)})
 	}
 	with := ""
 	if parity {
 		with = ", with parity"
+	}
+	if immutable > 0 {
+		with += fmt.Sprintf(", each restore point immutable for %s", o.immutable)
 	}
 	fmt.Fprintf(a.stdout, "made repository %s, chunks of %s, encrypted%s\n", st, sizeText(chunkBytes), with)
 	a.say("keep the passphrase or identity somewhere else too: without it nothing here can be restored")
@@ -223,6 +241,7 @@ heals older points too. Nothing else is changed.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return a.repoCheck(cmd.Context(), o) },
 	}
+	a.asOfFlag(cmd.Flags())
 	cmd.Flags().BoolVar(&o.Scrub, "scrub", false, "re-read every stored byte and compare checksums; needs no key")
 	cmd.Flags().BoolVar(&o.ReadData, "read-data", false, "decrypt, decompress and re-hash everything")
 	return cmd
@@ -328,6 +347,9 @@ interrupted backups left. It needs no key. It does not run beside a backup.`,
 			fmt.Fprintf(a.stdout, "%s %s: %s deleted, %s rewritten (%s copied); %s of waste stays in packs that are mostly used\n",
 				verb, sizeText(rep.FreedBytes), plural(int64(rep.DeletedPacks), "pack"), plural(int64(rep.RewrittenPacks), "pack"),
 				sizeText(rep.RewrittenBytes), sizeText(rep.KeptWasteBytes))
+			if n, until := r.Spared(); n > 0 {
+				fmt.Fprintf(a.stdout, "%s not deleted: the storage keeps them, the last until %s\n", plural(int64(n), "object"), until.Local().Format("2006-01-02 15:04"))
+			}
 			if rep.Revoked > 0 {
 				fmt.Fprintf(a.stdout, "%s had been interrupted and can no longer commit\n", plural(int64(rep.Revoked), "session"))
 			}
@@ -431,6 +453,9 @@ func (a *app) printInfo(i repo.Info) {
 	fmt.Fprintf(w, "format\t%d\n", i.Format)
 	fmt.Fprintf(w, "chunks of\t%s\n", sizeText(i.ChunkBytes))
 	fmt.Fprintf(w, "parity\t%s\n", map[bool]string{true: "yes", false: "no"}[i.Parity])
+	if i.ImmutableSeconds > 0 {
+		fmt.Fprintf(w, "points immutable for\t%s\n", time.Duration(i.ImmutableSeconds)*time.Second)
+	}
 	fmt.Fprintf(w, "opened by\t%s, %s", plural(int64(i.Passphrases), "passphrase"), plural(int64(i.Recipients), "age recipient"))
 	if i.Recovery > 0 {
 		fmt.Fprintf(w, ", %s", plural(int64(i.Recovery), "recovery key"))

@@ -57,6 +57,7 @@ and if it is interrupted the same command completes it.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return a.restore(cmd.Context(), o, args[0]) },
 	}
 	f := cmd.Flags()
+	a.asOfFlag(f)
 	f.StringVar(&o.to, "to", "", "image file, directory or kvm:///system/NEWNAME (required)")
 	f.StringVar(&o.disk, "disk", "", "only this disk: its name (vda) or its number, counted from 0")
 	f.StringVar(&o.format, "format", "", oneOf(formatWords())+" (default: by the extension, or what the disk was)")

@@ -117,6 +117,9 @@ func (a *app) openStore(ctx context.Context) (blob.Store, error) {
 	if err != nil {
 		return nil, err
 	}
+	if a.asOf != "" {
+		return a.openPast(ctx, at)
+	}
 	switch {
 	case at.s3 != nil || at.azure != nil:
 		st, err := at.openObjects(ctx)

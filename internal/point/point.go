@@ -37,7 +37,10 @@ type RestorePoint struct {
 	// FrozenFor is how long the guest stood still; 0 where it was not frozen.
 	FrozenFor time.Duration `json:"frozen_for_ns,omitempty"`
 	Warnings  []string      `json:"warnings,omitempty"`
-	Stats     Stats         `json:"stats"`
+	// ImmutableUntil is how long the repository promised to keep the point, nil
+	// for no promise.
+	ImmutableUntil *time.Time `json:"immutable_until,omitempty"`
+	Stats          Stats      `json:"stats"`
 	// Suspect is set when a later audit found that change tracking had lied
 	// and this point may rest on it; empty otherwise. It is kept beside the
 	// record, which is never rewritten.

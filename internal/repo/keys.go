@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"time"
 
 	"filippo.io/age"
 
@@ -35,7 +36,8 @@ type config struct {
 	Hash       string   `json:"hash"`
 	Seal       string   `json:"seal"`
 	Features   []string `json:"features"`
-	Parity     string   `json:"parity,omitempty"` // that writers store; readers need not know it
+	Immutable  int64    `json:"immutable_seconds,omitempty"` // that each new restore point stays
+	Parity     string   `json:"parity,omitempty"`            // that writers store; readers need not know it
 }
 
 // A Key is what opens a repository: one of these, or several.
@@ -64,8 +66,12 @@ type InitOptions struct {
 	Passphrase secret.Bytes
 	Recipients []age.Recipient
 	Keys       []NewKey
-	KDF        KDF  // of Passphrase
-	Parity     bool // store what heals damage beside each object: 3.3 % more
+	KDF        KDF // of Passphrase
+	// ImmutableFor is how long each restore point stays whatever anybody asks.
+	// Where the store could keep objects itself but was not made for it, Init
+	// gives fault.ErrUnsupported.
+	ImmutableFor time.Duration
+	Parity       bool // store what heals damage beside each object: 3.3 % more
 }
 
 // keys gives those first that may yet be refused.
@@ -94,6 +100,10 @@ func Init(ctx context.Context, st blob.Store, o InitOptions) error {
 	if len(keys) == 0 {
 		return fmt.Errorf("a repository needs a passphrase or a recipient: %w", fault.ErrKey)
 	}
+	st, err := retain(ctx, st, o.ImmutableFor)
+	if err != nil {
+		return err
+	}
 	switch _, err := st.Size(ctx, configName); {
 	case err == nil:
 		return fmt.Errorf("%s: repository %w", st, fault.ErrExists)
@@ -108,7 +118,7 @@ func Init(ctx context.Context, st blob.Store, o InitOptions) error {
 	if err != nil {
 		return err
 	}
-	conf := config{formatVersion, hex.EncodeToString(id[:]), o.ChunkBytes, "blake3-256", "aes-256-gcm", []string{}, ""}
+	conf := config{formatVersion, hex.EncodeToString(id[:]), o.ChunkBytes, "blake3-256", "aes-256-gcm", []string{}, int64(o.ImmutableFor / time.Second), ""}
 	if o.Parity {
 		conf.Parity = parityCode
 	}

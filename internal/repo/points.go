@@ -262,6 +262,9 @@ func (r *Repository) DeletePoint(ctx context.Context, vm string, id point.ID) er
 	if err != nil {
 		return err
 	}
+	if err := r.mayDelete(ctx, rec.point.Ref(), rec.name, rec.point); err != nil {
+		return err
+	}
 	if err := r.st.Delete(ctx, pointPrefix+rec.name); err != nil {
 		return err
 	}

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
@@ -97,6 +98,9 @@ func open(ctx context.Context, st blob.Store) (*Repository, []byte, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	if st, err = retain(ctx, st, time.Duration(conf.Immutable)*time.Second); err != nil && !errors.Is(err, fault.ErrUnsupported) {
+		return nil, nil, err
+	}
 	return &Repository{
 		st: st, id: id, conf: conf,
 		mem:     pack.NewMemory(packMemory),
@@ -170,7 +174,10 @@ type Info struct {
 	ID         string `json:"id"`
 	Format     int    `json:"format"`
 	ChunkBytes int64  `json:"chunk_bytes"`
-	Parity     bool   `json:"parity"` // writers store it
+	// ImmutableSeconds is how long each new restore point stays whatever anybody
+	// asks; 0 for not at all.
+	ImmutableSeconds int64 `json:"immutable_seconds,omitempty"`
+	Parity           bool  `json:"parity"` // writers store it
 	KeyCounts
 	Points      int64 `json:"points"`
 	Unreadable  int64 `json:"unreadable_points,omitempty"` // whose records are damaged; not among Points
@@ -183,7 +190,7 @@ type Info struct {
 // Info counts what is in the store; it lists every object. If records of
 // restore points are damaged it gives all the rest together with an error.
 func (r *Repository) Info(ctx context.Context) (Info, error) {
-	in := Info{ID: r.ID(), Format: r.conf.Format, ChunkBytes: r.conf.ChunkBytes, Parity: r.keepsParity()}
+	in := Info{ID: r.ID(), ImmutableSeconds: r.conf.Immutable, Format: r.conf.Format, ChunkBytes: r.conf.ChunkBytes, Parity: r.keepsParity()}
 	for o, err := range r.st.List(ctx, "") {
 		if err != nil {
 			return in, err

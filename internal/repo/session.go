@@ -218,8 +218,12 @@ func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) err
 	if err := s.writeManifests(ctx, points); err != nil {
 		return s.fail(err)
 	}
+	s.promise(points)
 	names, err := s.writeRecords(ctx, points)
 	if err != nil {
+		return s.fail(err)
+	}
+	if err := s.lockBeforeCommit(ctx, points, names); err != nil {
 		return s.fail(err)
 	}
 	o, err := s.r.decide(ctx, outcome{Of: s.id, State: committed, Points: names})

@@ -65,6 +65,9 @@ func (r *Repository) DeleteRecord(ctx context.Context, name string) error {
 	case !errors.Is(evidence, fault.ErrCorrupt):
 		return &RecordError{name, evidence}
 	}
+	if err := r.mayDelete(ctx, "restore point record "+name, name, nil); err != nil {
+		return err
+	}
 	if err := r.st.Delete(ctx, pointPrefix+name); err != nil {
 		return err
 	}
