@@ -108,7 +108,7 @@ func hints(err error, cmd *cobra.Command) []string {
 	case repo.UnreadRecords(err) != nil:
 		out = append(out, recordHint(err))
 	case damagedObject(err, "repo.json"), damagedObject(err, "keys/"):
-		out = append(out, "it is small and never changes: bring it back from a copy of the repository; everything else waits for it")
+		out = append(out, `it is small and never changes: "backstay repo repair" heals repo.json from its parity; otherwise bring it back from a copy of the repository; everything else waits for it`)
 	case damagedObject(err, "outcome/"):
 		out = append(out, `run "backstay repo vacuum", which settles what that object was about`)
 	case errors.Is(err, backup.ErrSource) && errors.Is(err, fault.ErrCorrupt):
@@ -176,7 +176,7 @@ func recordHint(err error) string {
 	if len(unread) > 1 {
 		more = " (and so on)"
 	}
-	return fmt.Sprintf(`other restore points are not hit, and restore when named in full as VM/ID; bring %s back from a copy, or give it up with "backstay point delete %s --force"%s`,
+	return fmt.Sprintf(`other restore points are not hit, and restore when named in full as VM/ID; run "backstay repo repair", or bring %s back from a copy, or give it up with "backstay point delete %s --force"%s`,
 		damagedOf(unread[0].Name, unread[0].Err), unread[0].Name, more)
 }
 

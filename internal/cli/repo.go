@@ -19,7 +19,7 @@ import (
 
 func (a *app) repoCmd() *cobra.Command {
 	return noun("repo", "make and care for a repository",
-		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoVacuumCmd(), a.repoKeyCmd(), a.repoCopyCmd(), a.repoServeCmd())
+		a.repoInitCmd(), a.repoInfoCmd(), a.repoCheckCmd(), a.repoRepairCmd(), a.repoVacuumCmd(), a.repoKeyCmd(), a.repoCopyCmd(), a.repoServeCmd())
 }
 
 func (a *app) repoInitCmd() *cobra.Command {
@@ -233,8 +233,9 @@ Without flags it looks whether everything that restore points need is there.
 
 Damage is listed with the restore points, disks and byte ranges that it hits,
 and makes the exit code 3. What --scrub and --read-data find damaged in packs is
-noted in the repository: the next backup that meets it stores it again, which
-heals older points too. Nothing else is changed.`,
+noted in the repository: "backstay repo repair" heals what it can, and the next
+backup that meets it stores it again, which heals older points too. Nothing else
+is changed.`,
 		Example: `  backstay repo check --repo /srv/backup
   backstay repo check --scrub --repo /srv/backup
   backstay repo check --read-data --repo /srv/backup`,
@@ -304,14 +305,14 @@ func checkHint(rep repo.CheckReport) string {
 	hits := 0
 	for _, f := range rep.Findings {
 		if name, ok := strings.CutPrefix(f.Object, "rp/"); ok && errors.Is(f.Err, fault.ErrCorrupt) {
-			return fmt.Sprintf(`restore points that are not named here are whole; bring %s back from a copy, or give the point up with "backstay point delete %s --force"`, damagedOf(name, f.Err), name)
+			return fmt.Sprintf(`restore points that are not named here are whole; run "backstay repo repair", or bring %s back from a copy, or give the point up with "backstay point delete %s --force"`, damagedOf(name, f.Err), name)
 		}
 		hits += len(f.Hits)
 	}
 	if hits > 0 {
-		return "restore points that are not named here are whole; back up the VMs that are hit again, which stores again what they still have of it; delete the points that a later check still names"
+		return "restore points that are not named here are whole; \"backstay repo repair\" heals what it can; back up the VMs that are hit again, which stores again what they still have of it; delete the points that a later check still names"
 	}
-	return `restore points that are not named here are whole; "backstay repo vacuum" replaces damaged packs, indexes and notes of which nothing is lost`
+	return `restore points that are not named here are whole; "backstay repo repair" makes damaged parity again, and "backstay repo vacuum" replaces damaged packs, indexes and notes of which nothing is lost`
 }
 
 func (a *app) repoVacuumCmd() *cobra.Command {
@@ -368,6 +369,22 @@ func vacuumJSON(rep repo.VacuumReport, dry bool) map[string]any {
 func (a *app) printCheck(rep repo.CheckReport) {
 	fmt.Fprintf(a.stdout, "%s, %s, %s, %s, %s read\n", plural(rep.Points, "restore point"), plural(rep.Manifests, "manifest"),
 		plural(rep.Packs, "pack"), plural(rep.Chunks, "chunk"), sizeText(rep.Bytes))
+	a.printFindings(rep)
+	for _, f := range rep.Unneeded {
+		fmt.Fprintf(a.stdout, "damaged, but no restore point needs what is: %s: %v\n", f.Object, f.Err)
+	}
+	if len(rep.Unneeded) > 0 {
+		fmt.Fprintln(a.stdout, `"backstay repo vacuum" removes it`)
+	}
+	if rep.Parity.Lacking > 0 {
+		fmt.Fprintf(a.stdout, "%s without parity; \"backstay repo repair\" makes it\n", plural(rep.Parity.Lacking, "object"))
+	}
+	if len(rep.Findings) == 0 {
+		fmt.Fprintln(a.stdout, "sound")
+	}
+}
+
+func (a *app) printFindings(rep repo.CheckReport) {
 	for _, f := range rep.Findings {
 		fmt.Fprintf(a.stdout, "DAMAGED %s: %v\n", f.Object, f.Err)
 		for i, err := range f.More {
@@ -383,15 +400,6 @@ func (a *app) printCheck(rep repo.CheckReport) {
 		if len(f.Hits) == 0 {
 			fmt.Fprintln(a.stdout, "  hits no restore point")
 		}
-	}
-	for _, f := range rep.Unneeded {
-		fmt.Fprintf(a.stdout, "damaged, but no restore point needs what is: %s: %v\n", f.Object, f.Err)
-	}
-	if len(rep.Unneeded) > 0 {
-		fmt.Fprintln(a.stdout, `"backstay repo vacuum" removes it`)
-	}
-	if len(rep.Findings) == 0 {
-		fmt.Fprintln(a.stdout, "sound")
 	}
 }
 
@@ -414,6 +422,12 @@ func hitText(h repo.Hit) string {
 }
 
 func checkJSON(rep repo.CheckReport) map[string]any {
+	return map[string]any{"sound": len(rep.Findings) == 0, "points": rep.Points, "manifests": rep.Manifests, "packs": rep.Packs,
+		"chunks": rep.Chunks, "read_bytes": rep.Bytes, "findings": findingsJSON(rep.Findings), "unneeded": findingsJSON(rep.Unneeded), "noted": rep.Unnoted == nil,
+		"parity": rep.Parity.Kept, "without_parity": rep.Parity.Lacking}
+}
+
+func findingsJSON(findings []repo.Finding) any {
 	type hit struct {
 		VM    string `json:"vm,omitempty"`
 		Point string `json:"point"`
@@ -428,22 +442,18 @@ func checkJSON(rep repo.CheckReport) map[string]any {
 		More   []string `json:"more,omitempty"`
 		Hits   []hit    `json:"hits"`
 	}
-	list := func(findings []repo.Finding) []finding {
-		fs := []finding{}
-		for _, f := range findings {
-			hits, more := []hit{}, []string{}
-			for _, h := range f.Hits {
-				hits = append(hits, hit{h.VM, string(h.Point), string(h.Disk), h.Range.Off, h.Range.Len})
-			}
-			for _, err := range f.More {
-				more = append(more, err.Error())
-			}
-			fs = append(fs, finding{f.Object, f.Offset, fmt.Sprint(f.Err), more, hits})
+	fs := []finding{}
+	for _, f := range findings {
+		hits, more := []hit{}, []string{}
+		for _, h := range f.Hits {
+			hits = append(hits, hit{h.VM, string(h.Point), string(h.Disk), h.Range.Off, h.Range.Len})
 		}
-		return fs
+		for _, err := range f.More {
+			more = append(more, err.Error())
+		}
+		fs = append(fs, finding{f.Object, f.Offset, fmt.Sprint(f.Err), more, hits})
 	}
-	return map[string]any{"sound": len(rep.Findings) == 0, "points": rep.Points, "manifests": rep.Manifests, "packs": rep.Packs,
-		"chunks": rep.Chunks, "read_bytes": rep.Bytes, "findings": list(rep.Findings), "unneeded": list(rep.Unneeded), "noted": rep.Unnoted == nil}
+	return fs
 }
 
 func (a *app) printInfo(i repo.Info) {

@@ -34,7 +34,7 @@ type storeAt struct {
 
 // ownDisks says whether the repository lies on disks that somebody has to look
 // after, and not in a storage that heals itself and is paid by request.
-func (at storeAt) ownDisks() bool { return at.dir != "" || at.sftp != nil }
+func (at storeAt) ownDisks() bool { return at.dir != "" || at.sftp != nil || at.remote != nil }
 
 func (a *app) storeAt() (storeAt, error) {
 	scheme, _, isURL := strings.Cut(a.repoURL, "://")

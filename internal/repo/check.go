@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/extent"
@@ -26,6 +27,11 @@ import (
 type CheckOptions struct {
 	Scrub    bool // re-read every stored byte and compare checksums; needs no keys
 	ReadData bool // decrypt, decompress and re-hash every chunk; includes Scrub
+	// With one of these, Scrub and ReadData read only some packs, those first
+	// that were read longest ago.
+	Budget   int64            // bytes of packs and their parity
+	For      time.Duration    // after this no more is begun
+	Now      func() time.Time // time.Now if nil
 	Progress func(doneBytes, totalBytes int64)
 }
 
@@ -60,8 +66,10 @@ type CheckReport struct {
 	Unneeded []Finding
 	// Unnoted is why damage that was found could not be written down for the
 	// next backup to store it again; nil if it was.
-	Unnoted error
-	Parity  ParityState
+	Unnoted  error
+	Unkept   error // why it could not be written down what was read; nil if it was
+	Parity   ParityState
+	Verified Verified
 }
 
 // checkWorkers is how many packs are read at the same time, at most.
@@ -94,9 +102,13 @@ func (r *Repository) look(ctx context.Context, o CheckOptions, write bool) (*che
 	c := &check{r: r, o: o, h: h, bad: map[index.Key]int{}, badPages: map[pageRef]int{}, badFiles: map[manifest.ID]int{},
 		frames: map[int]bool{}, damaged: newQuarantine(), whole: map[[32]byte]bool{}}
 	said := 0
-	for _, step := range []func(context.Context) error{nil, c.inventory, c.scrub, c.blame} {
+	for _, step := range []func(context.Context) error{nil, c.loadScrubs, c.inventory, c.scrub, c.blame} {
 		if step != nil {
 			if err := step(ctx); err != nil {
+				if c.o.Scrub && write && ctx.Err() != nil {
+					c.sumUp()
+					c.keep(ctx)
+				}
 				return c, err
 			}
 		}
@@ -110,8 +122,9 @@ func (r *Repository) look(ctx context.Context, o CheckOptions, write bool) (*che
 		said += len(findings)
 	}
 	c.sortOut()
+	c.sumUp()
 	if c.o.Scrub && write {
-		c.report.Unnoted = c.note(ctx)
+		c.keep(ctx)
 	}
 	slices.SortStableFunc(c.report.Findings, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(a.Object, b.Object), cmp.Compare(a.Offset, b.Offset))
@@ -138,6 +151,11 @@ type check struct {
 	badPages    map[pageRef]int
 	badFiles    map[manifest.ID]int
 	done, total int64
+
+	last      []lastRead   // when packs were last read
+	reads     []scrubEntry // packs that this check read
+	scrubs    []string     // notes of other checks
+	badScrubs []string     // those of them that are damaged
 
 	files     map[manifest.ID]bool // manifests that points need
 	unguarded []string             // objects that have no parity
@@ -183,6 +201,9 @@ func (c *check) sortOut() {
 			id, ok = parsePackName(of)
 			_, held = c.h.number(id)
 			ok = ok && !held // vacuum takes it
+		}
+		if strings.HasPrefix(f.Object, scrubPrefix) {
+			ok, held = true, false // the next check writes another
 		}
 		if ok && len(f.Hits) == 0 && (!held || int(n) < len(c.used) && !c.used[n] || !c.frames[i]) {
 			c.report.Unneeded = append(c.report.Unneeded, f)
@@ -319,7 +340,7 @@ func (c *check) present(ctx context.Context, id chunk.ID, by string, off int64) 
 		n := c.find(Finding{Object: p.name(), Offset: p.bytes, Err: err})
 		c.frames[n] = true
 		c.blameChunk(k, n)
-	case !c.o.Scrub && c.h.inQuarantine(p.id, at.Off):
+	case (!c.o.Scrub || c.o.limited()) && c.h.inQuarantine(p.id, at.Off):
 		err := fault.Corrupt(packLabel(p.id), int64(at.Off), "an earlier check found this record damaged")
 		c.blameChunk(k, c.find(Finding{Object: p.name(), Offset: int64(at.Off), Err: err}))
 	}

@@ -36,6 +36,9 @@ func damagedRepo(t *testing.T) (*mem.Store, *history) {
 	if _, err := r.Begin(bg, SessionOptions{}); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := r.Check(bg, CheckOptions{Scrub: true}); err != nil {
+		t.Fatal(err)
+	}
 	quarantineByHand(t, st, [32]byte{1, 2, 3}, 64)
 	return st.Clone(), h
 }
@@ -66,7 +69,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 			mustNotLie(t, bad, h, name, at)
 		}
 	}
-	for _, kind := range []string{"repo.json", "keys", "data", "idx", "man", "rp", "outcome", "session", "suspect", "vacuum", "quarantine", "par"} {
+	for _, kind := range []string{"repo.json", "keys", "data", "idx", "man", "rp", "outcome", "session", "suspect", "vacuum", "quarantine", "par", "scrub"} {
 		if !kinds[kind] {
 			t.Errorf("the repository has no %s", kind)
 		}

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
@@ -28,8 +29,15 @@ func (c *check) scrub(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		c.total += o.Bytes
 		objects = append(objects, o)
+	}
+	objects = c.due(objects)
+	for _, o := range objects {
+		c.total += o.Bytes
+	}
+	var enough <-chan time.Time
+	if c.o.For > 0 {
+		enough = time.After(c.o.For)
 	}
 	jobs := make(chan blob.Object)
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -56,6 +64,8 @@ feed:
 	for _, o := range objects {
 		select {
 		case jobs <- o:
+		case <-enough:
+			break feed
 		case <-ctx.Done():
 			break feed
 		}
@@ -110,6 +120,8 @@ func (s *scrubber) object(ctx context.Context, o blob.Object) error {
 	switch {
 	case strings.HasPrefix(o.Name, parityPrefix):
 		evidence = s.parity(o.Name, b)
+	case strings.HasPrefix(o.Name, scrubPrefix):
+		_, evidence = decodeScrub(s.r.id, b)
 	case strings.HasPrefix(o.Name, indexPrefix):
 		evidence = index.Decode(s.r.id, b, func(index.Pack) error { return nil })
 	case o.Name == configName, ours(o.Name):
@@ -213,6 +225,7 @@ func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
 		if !same && try == 0 {
 			continue
 		}
+		s.wasRead(id)
 		good, damage := []pack.Entry(nil), []pack.Damage(nil)
 		if same && !s.o.ReadData {
 			return nil
