@@ -231,6 +231,10 @@ Without flags it looks whether everything that restore points need is there.
 --scrub re-reads every stored byte and compares checksums; it needs no key.
 --read-data decrypts, decompresses and re-hashes everything.
 
+--budget and --for let either of them go round in turns, one every night: they read
+what was read longest ago. When that was is kept in the repository, and every
+check says how much of it was read in the last 30 days.
+
 Damage is listed with the restore points, disks and byte ranges that it hits,
 and makes the exit code 3. What --scrub and --read-data find damaged in packs is
 noted in the repository: "backstay repo repair" heals what it can, and the next
@@ -238,13 +242,19 @@ backup that meets it stores it again, which heals older points too. Nothing else
 is changed.`,
 		Example: `  backstay repo check --repo /srv/backup
   backstay repo check --scrub --repo /srv/backup
+  backstay repo check --scrub --budget 100G --repo /srv/backup
   backstay repo check --read-data --repo /srv/backup`,
 		Args: noArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return a.repoCheck(cmd.Context(), o) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			o.Scrub = o.Scrub || o.Budget > 0 || o.For > 0
+			return a.repoCheck(cmd.Context(), o)
+		},
 	}
 	a.asOfFlag(cmd.Flags())
 	cmd.Flags().BoolVar(&o.Scrub, "scrub", false, "re-read every stored byte and compare checksums; needs no key")
 	cmd.Flags().BoolVar(&o.ReadData, "read-data", false, "decrypt, decompress and re-hash everything")
+	cmd.Flags().Var((*sizeFlag)(&o.Budget), "budget", "read only about so much, what was read longest ago first; implies --scrub")
+	cmd.Flags().DurationVar(&o.For, "for", 0, "read only for so long, what was read longest ago first; implies --scrub")
 	return cmd
 }
 
@@ -292,6 +302,9 @@ func (a *app) repoCheck(ctx context.Context, o repo.CheckOptions) error {
 	}
 	if rep.Unnoted != nil {
 		a.say("warning: the damage could not be noted in the repository, so the next backup may rely on it: %v", rep.Unnoted)
+	}
+	if rep.Unkept != nil {
+		a.say("warning: what was read could not be noted in the repository, so the next check may read it again: %v", rep.Unkept)
 	}
 	if len(rep.Findings) > 0 {
 		return coded{code: exitCorrupt, hint: checkHint(rep),
@@ -379,6 +392,7 @@ func (a *app) printCheck(rep repo.CheckReport) {
 	if rep.Parity.Lacking > 0 {
 		fmt.Fprintf(a.stdout, "%s without parity; \"backstay repo repair\" makes it\n", plural(rep.Parity.Lacking, "object"))
 	}
+	fmt.Fprintln(a.stdout, verifiedText(rep.Verified))
 	if len(rep.Findings) == 0 {
 		fmt.Fprintln(a.stdout, "sound")
 	}
@@ -403,6 +417,22 @@ func (a *app) printFindings(rep repo.CheckReport) {
 	}
 }
 
+// verifiedText says how long ago packs were read.
+func verifiedText(v repo.Verified) string {
+	share := int64(100)
+	if v.Bytes > 0 {
+		share = v.RecentBytes * 100 / v.Bytes
+	}
+	s := fmt.Sprintf("%d %% of %s in packs was read in the last 30 days", share, sizeText(v.Bytes))
+	if !v.Oldest.IsZero() {
+		s += ", the oldest reading is of " + v.Oldest.Format("2006-01-02")
+	}
+	if v.Never > 0 {
+		s += ", " + plural(v.Never, "pack") + " never was"
+	}
+	return s
+}
+
 // moreShown is how much more of one object is shown to people.
 const moreShown = 5
 
@@ -424,7 +454,15 @@ func hitText(h repo.Hit) string {
 func checkJSON(rep repo.CheckReport) map[string]any {
 	return map[string]any{"sound": len(rep.Findings) == 0, "points": rep.Points, "manifests": rep.Manifests, "packs": rep.Packs,
 		"chunks": rep.Chunks, "read_bytes": rep.Bytes, "findings": findingsJSON(rep.Findings), "unneeded": findingsJSON(rep.Unneeded), "noted": rep.Unnoted == nil,
-		"parity": rep.Parity.Kept, "without_parity": rep.Parity.Lacking}
+		"parity": rep.Parity.Kept, "without_parity": rep.Parity.Lacking, "verified": verifiedJSON(rep.Verified)}
+}
+
+func verifiedJSON(v repo.Verified) map[string]any {
+	m := map[string]any{"pack_bytes": v.Bytes, "read_in_30_days_bytes": v.RecentBytes, "packs_never_read": v.Never}
+	if !v.Oldest.IsZero() {
+		m["oldest"] = v.Oldest.Format(time.RFC3339)
+	}
+	return m
 }
 
 func findingsJSON(findings []repo.Finding) any {
