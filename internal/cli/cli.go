@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -34,6 +35,7 @@ type app struct {
 	cred       credentials
 	tokenFiles []string
 	stateDir   string
+	cacheDir   string
 	asOf       string // empty for now
 	json       bool
 	quiet      bool
@@ -110,6 +112,7 @@ Every restore point is a full: it restores alone, whatever was read to make it.`
 	a.cred.addIdentityFlag(f, "")
 	f.StringArrayVar(&a.tokenFiles, "token-file", nil, "file with the token for a backstay:// repository (or BACKSTAY_TOKEN_FILE, BACKSTAY_TOKEN); may be repeated")
 	f.StringVar(&a.stateDir, "state-dir", defaultStateDir(), "where the journal of what was made on hosts is kept")
+	f.StringVar(&a.cacheDir, "cache-dir", defaultCacheDir(), "where copies of the index of a repository far away are kept, up to 16 GiB; safe to delete")
 	f.BoolVar(&a.json, "json", false, "print results as JSON, one object per line in lists")
 	f.BoolVarP(&a.quiet, "quiet", "q", false, "no progress bars and no talk, only results and errors")
 	f.BoolVarP(&a.verbose, "verbose", "v", false, "say on stderr what is done and why")
@@ -189,4 +192,14 @@ func defaultStateDir() string {
 		return dir + string(os.PathSeparator) + "backstay"
 	}
 	return ".backstay"
+}
+
+func defaultCacheDir() string {
+	if os.Geteuid() == 0 {
+		return "/var/cache/backstay"
+	}
+	if dir, err := os.UserCacheDir(); err == nil {
+		return filepath.Join(dir, "backstay")
+	}
+	return ""
 }

@@ -277,6 +277,7 @@ func (a *app) openKeyless(ctx context.Context) (*repo.Repository, error) {
 		st.Close()
 		return nil, fmt.Errorf("repository %s: %w", st, err)
 	}
+	a.keepIndex(r)
 	return r, nil
 }
 

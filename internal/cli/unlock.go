@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 
 	"github.com/backstay/backstay/internal/blob"
@@ -14,7 +15,21 @@ import (
 
 // openRepo opens the repository with whatever key the user gave.
 func (a *app) openRepo(ctx context.Context) (*repo.Repository, error) {
-	return unlock(ctx, a, repo.Open)
+	r, err := unlock(ctx, a, repo.Open)
+	if err == nil {
+		a.keepIndex(r)
+	}
+	return r, err
+}
+
+// cacheBytes is how much the cache directory may hold: the index of 270 TB.
+const cacheBytes = 16 << 30
+
+// keepIndex keeps copies of the index of a repository that is far away.
+func (a *app) keepIndex(r *repo.Repository) {
+	if at, err := a.storeAt(); err == nil && at.dir == "" && a.cacheDir != "" {
+		r.KeepIndex(filepath.Join(a.cacheDir, "index"), cacheBytes)
+	}
 }
 
 // unlock opens the store and what open makes of it with the user's key. The

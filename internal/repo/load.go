@@ -89,10 +89,11 @@ type holdings struct {
 
 	mendMu sync.Mutex      // held while a damaged part of a run is replaced from trailers
 	mended map[string]bool // parts for which that was done
+	redone map[string]bool // parts that were read once more from the store
 }
 
 func newHoldings() *holdings {
-	h := &holdings{others: map[[32]byte]uint32{}, mended: map[string]bool{}, bad: map[index.Key]bool{}, planned: map[string]bool{}, quarantine: newQuarantine()}
+	h := &holdings{others: map[[32]byte]uint32{}, mended: map[string]bool{}, redone: map[string]bool{}, bad: map[index.Key]bool{}, planned: map[string]bool{}, quarantine: newQuarantine()}
 	h.table = index.NewSet(h.rank)
 	return h
 }

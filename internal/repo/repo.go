@@ -20,6 +20,7 @@ import (
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo/internal/copies"
 	"github.com/backstay/backstay/internal/repo/internal/pack"
 	"github.com/backstay/backstay/internal/repo/internal/seal"
 )
@@ -54,6 +55,7 @@ type Repository struct {
 	// about to be replaced.
 	loadMu sync.RWMutex
 	hold   *holdings   // nil until something needs it
+	copies *copies.Dir // of the index; nil if the store is near
 	noFlat atomic.Bool // a flat index object was wrong: none is believed any more
 
 	recMu   sync.Mutex
@@ -134,6 +136,9 @@ func (r *Repository) Close() error {
 	r.loadMu.Lock()
 	defer r.loadMu.Unlock()
 	r.hold = nil
+	if r.copies != nil {
+		r.copies.Close()
+	}
 	r.workMu.Lock()
 	defer r.workMu.Unlock()
 	clear(r.workers)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo/internal/copies"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 )
 
@@ -38,8 +39,9 @@ func parseRunName(name string) (id [16]byte, part int, ok bool) {
 // loadRuns opens all runs. While it lists and opens them a vacuum may replace
 // one by another that it did not see: then it begins again.
 func (r *Repository) loadRuns(ctx context.Context, h *holdings) error {
+	dropped := map[string]bool{}
 	for range loadTries {
-		again, err := r.tryRuns(ctx, h)
+		again, err := r.tryRuns(ctx, h, dropped)
 		if !again || err != nil {
 			return err
 		}
@@ -47,7 +49,8 @@ func (r *Repository) loadRuns(ctx context.Context, h *holdings) error {
 	return errors.New("vacuums replace the index faster than it can be read")
 }
 
-func (r *Repository) tryRuns(ctx context.Context, h *holdings) (again bool, err error) {
+// Dropped are runs whose copies on the local disk were found to be damaged.
+func (r *Repository) tryRuns(ctx context.Context, h *holdings, dropped map[string]bool) (again bool, err error) {
 	sizes := map[string]int64{}
 	var names []string
 	for o, err := range r.st.List(ctx, runPrefix) {
@@ -67,13 +70,18 @@ func (r *Repository) tryRuns(ctx context.Context, h *holdings) (again bool, err 
 		if part >= 0 {
 			continue
 		}
-		run, err := index.OpenRun(ctx, r.st, name, index.OpenOptions{
+		run, err := index.OpenRun(ctx, r.indexSource(), name, index.OpenOptions{
 			Repo: r.id, ID: id,
 			Size:   func(o string) (int64, bool) { n, ok := sizes[o]; return n, ok },
 			Number: h.numberer(),
 		})
 		if errors.Is(err, fault.ErrNotFound) {
 			return true, nil // and what replaces it may not have been listed
+		}
+		if (index.Damaged(err) || err == nil && len(run.LostParts()) > 0) && !dropped[name] {
+			if dropped[name] = true; r.dropCopy(name) {
+				return true, nil // perhaps that was all
+			}
 		}
 		if index.Damaged(err) {
 			// Its parts say nothing without it: it goes with them as a stray.
@@ -101,6 +109,9 @@ func (r *Repository) tryRuns(ctx context.Context, h *holdings) (again bool, err 
 		if !ours[name] {
 			h.strays = append(h.strays, name)
 		}
+	}
+	if r.copies != nil {
+		r.copies.Only(func(base string) bool { return ours[runPrefix+base] })
 	}
 	h.findings = append(h.findings, findings...)
 	for _, run := range runs {
@@ -187,6 +198,13 @@ func (r *Repository) mendPart(ctx context.Context, h *holdings, e *index.PartErr
 	h.mu.RUnlock()
 	if done {
 		return nil
+	}
+	if !h.redone[e.Object] {
+		h.redone[e.Object] = true
+		run, _, _ := strings.Cut(e.Object, "-")
+		if filter := r.dropCopy(run); r.dropCopy(e.Object) || filter {
+			return nil // perhaps it was only the copy
+		}
 	}
 	run, keys, ok := h.table.Lost(e)
 	if !ok {
@@ -296,3 +314,23 @@ func (r *Repository) findIn(ctx context.Context, h *holdings, id chunk.ID) (p in
 		}
 	}
 }
+
+// KeepIndex keeps copies of the index in a local directory, for a store that is
+// far away: at most maxBytes of all repositories whose indexes are kept there.
+// The directory may be deleted at any time. It is to be called before the
+// repository is used.
+func (r *Repository) KeepIndex(dir string, maxBytes int64) {
+	r.copies = copies.New(r.st, dir, r.ID(), maxBytes)
+}
+
+// indexSource is where runs are read.
+func (r *Repository) indexSource() index.Source {
+	if r.copies == nil {
+		return r.st
+	}
+	return r.copies
+}
+
+// dropCopy removes the local copy of an object of the index; it says whether
+// there was one.
+func (r *Repository) dropCopy(name string) bool { return r.copies != nil && r.copies.Drop(name) }

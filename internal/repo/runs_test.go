@@ -2,7 +2,10 @@ package repo
 
 import (
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/backstay/backstay/internal/blob"
@@ -293,5 +296,55 @@ func TestAnIndexThatKeepsSilent(t *testing.T) {
 			st.Delete(bg, name)
 		}
 		mustRead(t, mustOpen(t, st), p, a)
+	}
+}
+
+// With copies of the index on the local disk a store far away is asked for each
+// of its objects once; damaged copies are made anew and are nobody's finding.
+func TestIndexOfAStoreFarAway(t *testing.T) {
+	whole, p, content := runRepo(t)
+	dir := t.TempDir()
+	for _, damage := range []bool{false, true} {
+		if damage {
+			filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
+				if err == nil && info.Mode().IsRegular() {
+					b, _ := os.ReadFile(path)
+					for i := range b {
+						b[i] ^= 1
+					}
+					err = os.WriteFile(path, b, 0o600)
+				}
+				return err
+			})
+		}
+		var mu sync.Mutex
+		reads := map[string]int{}
+		far := blobtest.Faulty(whole, func(c blobtest.Call) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if c.Op == blobtest.OpReadAt {
+				reads[c.Name]++
+			}
+			return nil
+		})
+		r := mustOpen(t, far)
+		r.KeepIndex(dir, 1<<30)
+		packs := len(mustNames(t, whole, packPrefix))
+		mustRead(t, r, p, content)
+		vm, most := "web05", 1
+		if damage {
+			vm, most = "web06", 2 // where a part is doubted its run is too
+		}
+		mustBackup(t, r, vm, content, nil, nil)
+		if n := len(mustNames(t, whole, packPrefix)); n != packs+1 {
+			t.Errorf("%d packs, want %d", n, packs+1)
+		}
+		for name, n := range reads {
+			if strings.HasPrefix(name, runPrefix) && n > most {
+				t.Errorf("%s was read %d times", name, n)
+			}
+		}
+		mustCheck(t, r, CheckOptions{})
+		r.Close()
 	}
 }

@@ -173,6 +173,9 @@ func TestManyChunks(t *testing.T) {
 	if wrong > 0 {
 		t.Errorf("%d lookups are wrong", wrong)
 	}
+	if m.chunks > 100_000_000 {
+		return // to walk them takes as long as to make them up
+	}
 	n := uint64(0)
 	err = h.table.Each(bg, func(k index.Key, p index.Place) error {
 		if n%1000 == 0 && k != m.key(n) {
