@@ -186,13 +186,8 @@ func (r *Repository) load(ctx context.Context) (*holdings, error) {
 			h.planned[name] = true
 		}
 	}
-	for o, err := range r.st.List(ctx, packPrefix) {
-		if err != nil {
-			return nil, err
-		}
-		if id, ok := parsePackName(o.Name); ok && !h.planned[o.Name] {
-			h.list(heldPack{id: id, bytes: o.Bytes})
-		}
+	if err := r.listPacks(ctx, h); err != nil {
+		return nil, err
 	}
 	if err := r.loadQuarantine(ctx, h); err != nil {
 		return nil, err

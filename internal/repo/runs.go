@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/oklog/ulid/v2"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
@@ -313,6 +314,66 @@ func (r *Repository) findIn(ctx context.Context, h *holdings, id chunk.ID) (p in
 			return p, in, false, err
 		}
 	}
+}
+
+const (
+	// manyPacks is from which size of all runs on, in bytes, packs are listed
+	// directory by directory: some 40,000 of them.
+	manyPacks = 16 << 20
+	// listsAtOnce is how many listings go on then.
+	listsAtOnce = 16
+)
+
+// listPacks notes all packs of the store. Where there are many it lists them in
+// pieces, several at once: a listing is slow, of whatever store.
+func (r *Repository) listPacks(ctx context.Context, h *holdings) error {
+	var runs int64
+	for o, err := range r.st.List(ctx, runPrefix) {
+		if err != nil {
+			return err
+		}
+		if _, part, ok := parseRunName(o.Name); ok && part < 0 {
+			runs += o.Bytes
+		}
+	}
+	prefixes := []string{packPrefix}
+	if runs >= manyPacks {
+		prefixes = prefixes[:0]
+		for i := range 256 {
+			prefixes = append(prefixes, fmt.Sprintf("%s%02x/", packPrefix, i))
+		}
+	}
+	pieces := make([][]heldPack, len(prefixes))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(listsAtOnce)
+	for i, prefix := range prefixes {
+		g.Go(func() error {
+			for o, err := range r.st.List(ctx, prefix) {
+				if err != nil {
+					return err
+				}
+				if id, ok := parsePackName(o.Name); ok && !h.planned[o.Name] {
+					pieces[i] = append(pieces[i], heldPack{id: id, bytes: o.Bytes})
+				}
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	n := 0
+	for _, piece := range pieces {
+		n += len(piece)
+	}
+	h.packs = make([]heldPack, 0, n+n/16)
+	for i, piece := range pieces {
+		for _, p := range piece {
+			h.list(p)
+		}
+		pieces[i] = nil
+	}
+	return nil
 }
 
 // KeepIndex keeps copies of the index in a local directory, for a store that is
