@@ -144,7 +144,7 @@ func hints(err error, cmd *cobra.Command) []string {
 	case errors.Is(err, fault.ErrExists):
 		out = append(out, "choose another target; where --force is offered, it replaces the existing one")
 	case errors.Is(err, fault.ErrFenced):
-		out = append(out, "a vacuum ran meanwhile; nothing was lost, run the backup again and it reuses what was stored")
+		out = append(out, "a vacuum took it for dead; nothing was lost, run it again and it reuses what was stored")
 	case errors.Is(err, fault.ErrConsistency):
 		out = append(out, "install and start the guest agent, or allow a lower grade with --consistency")
 	case errors.Is(err, image.ErrNotAllowed):

@@ -335,7 +335,10 @@ func (a *app) repoVacuumCmd() *cobra.Command {
 		Use:   "vacuum",
 		Short: "free the space of chunks that no restore point needs",
 		Long: `Free the space of chunks that no restore point needs any more, and of what
-interrupted backups left. It needs no key. It does not run beside a backup.`,
+interrupted backups left. It needs no key. Backups, restores and deletions may
+run at the same time; a running backup says within seconds what it needs. One
+that shows no sign of life for --patience is taken for dead: if it wakes up
+again it fails, and may be repeated. No data depends on that time.`,
 		Example: `  backstay repo vacuum --dry-run --repo /srv/backup
   backstay repo vacuum --repo /srv/backup`,
 		Args: noArgs,
@@ -347,6 +350,11 @@ interrupted backups left. It needs no key. It does not run beside a backup.`,
 			defer r.Close()
 			bar := a.newBar("vacuum")
 			o.Progress = bar.set
+			o.Waiting = func(backups int) {
+				if backups > 0 {
+					fmt.Fprintf(a.stderr, "waiting until running backups and restores have said what they need: %d\n", backups)
+				}
+			}
 			rep, err := r.Vacuum(cmd.Context(), o)
 			bar.end()
 			if err != nil {
@@ -359,9 +367,9 @@ interrupted backups left. It needs no key. It does not run beside a backup.`,
 			if o.DryRun {
 				verb = "would free"
 			}
-			fmt.Fprintf(a.stdout, "%s %s: %s deleted, %s rewritten (%s copied); %s of waste stays in packs that are mostly used\n",
-				verb, sizeText(rep.FreedBytes), plural(int64(rep.DeletedPacks), "pack"), plural(int64(rep.RewrittenPacks), "pack"),
-				sizeText(rep.RewrittenBytes), sizeText(rep.KeptWasteBytes))
+			fmt.Fprintf(a.stdout, "%s %s: %s deleted, %s rewritten (%s copied)\n",
+				verb, sizeText(rep.FreedBytes), plural(int64(rep.DeletedPacks), "pack"), plural(int64(rep.RewrittenPacks), "pack"), sizeText(rep.RewrittenBytes))
+			a.printKept(rep)
 			if n, until := r.Spared(); n > 0 {
 				fmt.Fprintf(a.stdout, "%s not deleted: the storage keeps them, the last until %s\n", plural(int64(n), "object"), until.Local().Format("2006-01-02 15:04"))
 			}
@@ -372,12 +380,38 @@ interrupted backups left. It needs no key. It does not run beside a backup.`,
 		},
 	}
 	cmd.Flags().BoolVar(&o.DryRun, "dry-run", false, "say what would be freed and change nothing")
+	cmd.Flags().DurationVar(&o.Patience, "patience", repo.DefaultPatience, "how long a running backup may show no sign of life")
 	return cmd
+}
+
+// printKept says why waste stays.
+func (a *app) printKept(rep repo.VacuumReport) {
+	for _, k := range []struct {
+		packs int
+		why   string
+	}{
+		{rep.Kept.LittleWaste, "little of it is waste"},
+		{rep.Kept.InUse, "a running backup stored it or relies on it"},
+		{rep.Kept.Damaged, "something in it is damaged and still needed"},
+		{rep.Kept.Locked, "the storage keeps it until a time that has not come"},
+		{rep.Kept.TooMany, "the next vacuum takes it"},
+	} {
+		switch {
+		case k.packs == 1:
+			fmt.Fprintf(a.stdout, "1 pack stays: %s\n", k.why)
+		case k.packs > 1:
+			fmt.Fprintf(a.stdout, "%d packs stay: for each, %s\n", k.packs, k.why)
+		}
+	}
+	if rep.KeptWasteBytes > 0 {
+		fmt.Fprintf(a.stdout, "%s of waste stays in them\n", sizeText(rep.KeptWasteBytes))
+	}
 }
 
 func vacuumJSON(rep repo.VacuumReport, dry bool) map[string]any {
 	return map[string]any{"dry_run": dry, "deleted_packs": rep.DeletedPacks, "rewritten_packs": rep.RewrittenPacks,
-		"freed_bytes": rep.FreedBytes, "rewritten_bytes": rep.RewrittenBytes, "kept_waste_bytes": rep.KeptWasteBytes, "revoked_sessions": rep.Revoked}
+		"freed_bytes": rep.FreedBytes, "rewritten_bytes": rep.RewrittenBytes, "kept_waste_bytes": rep.KeptWasteBytes, "kept_packs": rep.Kept,
+		"running_sessions": rep.Running, "revoked_sessions": rep.Revoked}
 }
 
 func (a *app) printCheck(rep repo.CheckReport) {

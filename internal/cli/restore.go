@@ -144,6 +144,13 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 	if p.Suspect != "" {
 		a.say("warning: %s is suspect: %s", p.Ref(), p.Suspect)
 	}
+	// A store that takes no writes can be restored from as well: then nobody
+	// should delete the point meanwhile.
+	if release, err := r.Hold(ctx, p); err == nil {
+		defer release()
+	} else if errors.Is(err, fault.ErrNotFound) {
+		return err
+	}
 	bar := a.newBar("restoring")
 	defer bar.end()
 	opts.Progress = bar.set

@@ -295,7 +295,7 @@ func (c *check) inventory(ctx context.Context) error {
 			return nil
 		},
 	}
-	if err := n.walk(ctx, c.recs); err != nil {
+	if err := n.walk(ctx, recManifests(c.recs)); err != nil {
 		return err
 	}
 	c.report.Manifests = int64(len(n.files))
@@ -503,6 +503,6 @@ func (c *check) needsNoBase(ctx context.Context, at ref) bool {
 	if whole, err := c.r.whole(ctx, w, at); err == nil && whole {
 		return true
 	}
-	stored, err := c.r.stores(ctx, c.h, at.id)
+	_, stored, err := c.r.stores(ctx, c.h, at.id)
 	return err == nil && stored
 }

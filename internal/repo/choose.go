@@ -31,6 +31,7 @@ func (v *vacuum) choose() {
 		case p.state == packMissing:
 		case damaged && v.homeless > 0, v.stuck[i]:
 			v.report.KeptWasteBytes += max(0, waste)
+			v.report.Kept.Damaged++
 		case live == 0:
 			v.dead = append(v.dead, uint32(i))
 			v.report.DeletedPacks++
@@ -40,8 +41,9 @@ func (v *vacuum) choose() {
 			v.report.RewrittenPacks++
 			v.report.RewrittenBytes += live
 			v.report.FreedBytes += p.bytes - live
-		default:
-			v.report.KeptWasteBytes += max(0, waste)
+		case waste > 0:
+			v.report.KeptWasteBytes += waste
+			v.report.Kept.LittleWaste++
 		}
 	}
 }
@@ -67,7 +69,10 @@ func (v *vacuum) chooseSmall() {
 	for _, n := range small {
 		p, live := &v.h.packs[n], v.live[n]
 		v.rewrite = append(v.rewrite, n)
-		v.report.KeptWasteBytes -= max(0, p.bytes-v.kept[n]-pack.FrameBytes)
+		if waste := p.bytes - v.kept[n] - pack.FrameBytes; waste > 0 {
+			v.report.KeptWasteBytes -= waste
+			v.report.Kept.LittleWaste--
+		}
 		v.report.RewrittenPacks++
 		v.report.RewrittenBytes += live
 		v.report.FreedBytes += p.bytes - live

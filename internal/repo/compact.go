@@ -118,6 +118,9 @@ func (v *vacuum) compact(ctx context.Context) error {
 		v.replaced = append(v.replaced, r.Objects()...)
 	}
 	v.replaced = append(v.replaced, v.h.strays...)
+	if v.freshIndex != "" {
+		v.replaced = append(v.replaced, v.freshIndex)
+	}
 	return nil
 }
 

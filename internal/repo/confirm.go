@@ -74,6 +74,7 @@ func (v *vacuum) confirm(ctx context.Context) error {
 		return slices.DeleteFunc(packs, func(n uint32) bool {
 			if stay[n] {
 				gone(n)
+				v.rescued++
 			}
 			return stay[n]
 		})

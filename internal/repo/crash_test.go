@@ -3,7 +3,10 @@ package repo
 import (
 	"bytes"
 	"errors"
+	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/blob/blobtest"
@@ -237,33 +240,107 @@ func finish(t *testing.T, st blob.Store) {
 	}
 }
 
-func TestVacuumIsRefusedWhileAWriterLives(t *testing.T) {
-	st, r := newRepo(t)
-	s, err := r.Begin(bg, SessionOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := mustOpen(t, st).Vacuum(bg, VacuumOptions{}); !errors.Is(err, fault.ErrLocked) {
-		t.Errorf("vacuum beside a writer: %v", err)
-	}
-	if _, err := mustOpen(t, st).Vacuum(bg, VacuumOptions{DryRun: true}); err != nil {
-		t.Errorf("dry run beside a writer: %v", err)
-	}
-	if err := s.Abort(bg); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := mustOpen(t, st).Vacuum(bg, VacuumOptions{}); err != nil {
-		t.Errorf("vacuum after the writer: %v", err)
+// A vacuum frees what it can while a backup runs that relies on what the
+// vacuum would free.
+func TestVacuumBesideAWriter(t *testing.T) {
+	for _, deletes := range []string{"before the vacuum", "while it waits"} {
+		t.Run(deletes, func(t *testing.T) {
+			st, r := newRepo(t)
+			a, _ := disks()
+			c := noise(5, 6*testChunk)
+			p := mustBackup(t, r, "web01", a, nil, nil)
+			q := mustBackup(t, r, "db01", c, nil, nil)
+			s, err := r.Begin(bg, SessionOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w, err := s.Disk(bg, int64(len(a)), p.Disks[0].Manifest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// One chunk of the previous point's own, one of a point that goes, one
+			// that is new.
+			for i, data := range [][]byte{cut(a, 3), cut(c, 1), noise(6, testChunk)} {
+				if put, err := w.Put(bg, int64(i), data); err != nil || (put.Kind == New) != (i == 2) {
+					t.Fatalf("%+v, %v", put, err)
+				}
+			}
+			b := bytes.Clone(a)
+			copy(b, cut(a, 3))
+			copy(b[testChunk:], cut(c, 1))
+			copy(b[2*testChunk:], noise(6, testChunk))
+			drop := func() {
+				for _, gone := range []*point.RestorePoint{p, q} {
+					if err := r.DeletePoint(bg, gone.VM, gone.ID); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+			seen := blob.Store(st)
+			if deletes == "before the vacuum" {
+				drop()
+			} else {
+				seen = blobtest.Faulty(st, func(call blobtest.Call) error {
+					if call.Op == blobtest.OpCreate && strings.HasPrefix(call.Name, epochPrefix) {
+						drop()
+					}
+					return nil
+				})
+			}
+			spare := noise(7, 9*testChunk)
+			x := mustBackup(t, r, "spare", spare, nil, nil)
+			if err := r.DeletePoint(bg, x.VM, x.ID); err != nil {
+				t.Fatal(err)
+			}
+			rep, err := mustOpen(t, seen).Vacuum(bg, VacuumOptions{})
+			if err != nil || rep.Running != 1 || rep.Revoked != 0 || rep.DeletedPacks == 0 {
+				t.Fatalf("%+v, %v", rep, err)
+			}
+			m, err := w.Finish(bg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			u := newPoint("web01", m, int64(len(b)))
+			xml, err := s.PutBlob(bg, []byte("<domain>web01</domain>"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			u.Config = map[string]point.Blob{"domain.xml": xml}
+			if err := s.Commit(bg, u); err != nil {
+				t.Fatal(err)
+			}
+			h := &history{}
+			h.add(u, b)
+			mustBeWhole(t, st, h, u)
+			finish(t, st)
+			mustBeWhole(t, st, h, u)
+			for _, prefix := range []string{sessionPrefix, beatPrefix, vacuumPrefix} {
+				if n := count(t, st, prefix); n > 1 {
+					t.Errorf("%d objects are left under %s", n, prefix)
+				}
+			}
+		})
 	}
 }
 
-// Without locks a vacuum revokes a writer that still lives: it fails cleanly
-// and may be repeated.
+// pausable is st for a process that can be stopped as by SIGSTOP.
+func pausable(st blob.Store) (paused blob.Store, pause, resume func()) {
+	var mu sync.Mutex
+	return blobtest.Faulty(st, func(blobtest.Call) error {
+		mu.Lock()
+		defer mu.Unlock()
+		return nil
+	}), mu.Lock, mu.Unlock
+}
+
+// A vacuum revokes a writer that shows no sign of life: if it wakes up again it
+// fails cleanly and may be repeated.
 func TestAPausedWriterIsFenced(t *testing.T) {
 	st := mem.New()
 	mustInit(t, st)
 	a, _ := disks()
-	writer := mustOpen(t, noLocks{st})
+	stops, pause, resume := pausable(st)
+	writer := mustOpen(t, stops)
 	p := mustBackup(t, writer, "web01", a, nil, nil)
 	s, err := writer.Begin(bg, SessionOptions{})
 	if err != nil {
@@ -277,32 +354,34 @@ func TestAPausedWriterIsFenced(t *testing.T) {
 	if err != nil || put.Kind != Known {
 		t.Fatalf("%+v, %v", put, err)
 	}
-	other := mustOpen(t, noLocks{st})
+	pause()
+	other := mustOpen(t, st)
 	if err := other.DeletePoint(bg, "web01", p.ID); err != nil {
 		t.Fatal(err)
 	}
-	if rep, err := other.Vacuum(bg, VacuumOptions{}); err != nil || rep.Revoked != 1 {
+	if rep, err := other.Vacuum(bg, VacuumOptions{Patience: 50 * time.Millisecond}); err != nil || rep.Revoked != 1 {
 		t.Fatalf("%+v, %v", rep, err)
 	}
 	if count(t, st, packPrefix) != 0 {
 		t.Fatal("the vacuum left packs")
 	}
+	resume()
 	m, err := w.Finish(bg)
 	if err == nil {
 		err = s.Commit(bg, newPoint("web01", m, int64(len(a))))
-		if !errors.Is(err, fault.ErrFenced) {
-			t.Errorf("commit of a revoked session: %v", err)
-		}
+	}
+	if !errors.Is(err, fault.ErrFenced) {
+		t.Errorf("commit of a revoked session: %v", err)
 	}
 	s.Abort(bg)
 	// The same process goes on, its table being of before the vacuum.
 	h := &history{}
 	h.add(mustBackup(t, writer, "web01", a, nil, nil), a)
-	mustBeWhole(t, noLocks{st}, h, h.points...)
+	mustBeWhole(t, st, h, h.points...)
 }
 
-// A session that begins while a vacuum works makes that vacuum harmless.
-func TestASessionRevokesAVacuumThatWorks(t *testing.T) {
+// A whole backup fits in anywhere in a vacuum, and both are done.
+func TestABackupAnywhereInAVacuum(t *testing.T) {
 	st, h, _ := garbageRepo(t)
 	for n := 1; ; n++ {
 		disk := st.Clone()
@@ -325,7 +404,7 @@ func TestASessionRevokesAVacuumThatWorks(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err = r.Vacuum(bg, VacuumOptions{}); err != nil && !errors.Is(err, fault.ErrFenced) {
+		if _, err = r.Vacuum(bg, VacuumOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		must := h.points

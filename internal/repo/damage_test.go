@@ -30,6 +30,10 @@ func damagedRepo(t *testing.T) (*mem.Store, *history) {
 	if err := r.MarkSuspect(bg, "web01", p.ID, "tracking lied"); err != nil {
 		t.Fatal(err)
 	}
+	spare := mustBackup(t, r, "spare", noise(8, testChunk), nil, nil)
+	if err := r.DeletePoint(bg, "spare", spare.ID); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := r.Vacuum(bg, VacuumOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +73,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 			mustNotLie(t, bad, h, name, at)
 		}
 	}
-	for _, kind := range []string{"repo.json", "keys", "data", "idx", "man", "rp", "outcome", "session", "suspect", "vacuum", "quarantine", "par", "scrub"} {
+	for _, kind := range []string{"repo.json", "keys", "data", "idx", "man", "rp", "outcome", "session", "suspect", "epoch", "quarantine", "par", "scrub"} {
 		if !kinds[kind] {
 			t.Errorf("the repository has no %s", kind)
 		}

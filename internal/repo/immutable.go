@@ -270,7 +270,7 @@ func (r *Repository) neededBy(ctx context.Context, points []*point.RestorePoint,
 		},
 		fail: func(_ manifest.ID, err error) error { return err },
 	}
-	if err := n.walk(ctx, recs); err != nil {
+	if err := n.walk(ctx, recManifests(recs)); err != nil {
 		return err
 	}
 	for id := range n.files {

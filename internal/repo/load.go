@@ -70,7 +70,7 @@ func parseHashName(name, prefix string) (id [32]byte, ok bool) {
 
 // holdings are the packs of the repository and where each chunk lies.
 type holdings struct {
-	state string // what was under vacuum/ and quarantine/ when this was loaded
+	state string // the newest epoch, and what was under quarantine/, when this was loaded
 
 	mu       sync.RWMutex
 	packs    []heldPack
@@ -81,7 +81,6 @@ type holdings struct {
 	indexes  []blob.Object       // flat index objects that were read
 	strays   []string            // objects beside runs that belong to none
 	findings []Finding           // what was wrong with the caches
-	planned  map[string]bool     // objects that a committed vacuum deletes
 
 	quarantine quarantine
 
@@ -93,7 +92,7 @@ type holdings struct {
 }
 
 func newHoldings() *holdings {
-	h := &holdings{others: map[[32]byte]uint32{}, mended: map[string]bool{}, redone: map[string]bool{}, bad: map[index.Key]bool{}, planned: map[string]bool{}, quarantine: newQuarantine()}
+	h := &holdings{others: map[[32]byte]uint32{}, mended: map[string]bool{}, redone: map[string]bool{}, bad: map[index.Key]bool{}, quarantine: newQuarantine()}
 	h.table = index.NewSet(h.rank)
 	return h
 }
@@ -136,56 +135,49 @@ func (h *holdings) name(id [32]byte, bytes uint32) uint32 {
 
 // held gives the holdings and loads them first where that is still to do.
 func (r *Repository) held(ctx context.Context) (*holdings, error) {
-	r.loadMu.RLock()
-	h := r.hold
-	r.loadMu.RUnlock()
-	if h != nil {
+	if h := r.current(); h != nil {
+		return h, nil
+	}
+	return r.reload(ctx, nil)
+}
+
+// reload loads the holdings again unless somebody did since old. Packs that
+// become durable meanwhile are noted in both.
+func (r *Repository) reload(ctx context.Context, old *holdings) (*holdings, error) {
+	select {
+	case r.loading <- struct{}{}:
+		defer func() { <-r.loading }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if h := r.current(); h != nil && h != old {
 		return h, nil
 	}
 	r.loadMu.Lock()
-	defer r.loadMu.Unlock()
-	if r.hold != nil {
-		return r.hold, nil
-	}
+	r.late, r.keepLate = nil, true
+	r.loadMu.Unlock()
 	h, err := r.load(ctx)
-	if err == nil {
-		r.hold = h
-	}
-	return h, err
-}
-
-// reload loads the holdings again unless somebody did since old.
-func (r *Repository) reload(ctx context.Context, old *holdings) (*holdings, error) {
 	r.loadMu.Lock()
 	defer r.loadMu.Unlock()
-	if r.hold != nil && r.hold != old {
-		return r.hold, nil
-	}
-	h, err := r.load(ctx)
 	if err == nil {
+		for _, p := range r.late {
+			h.take(p)
+		}
 		r.hold = h
 	}
+	r.late, r.keepLate = nil, false
 	return h, err
 }
 
-// load reads vacuum/ first: whatever a vacuum does after that, a session
-// will see another list there and load again.
+// load looks for the newest epoch first: whatever a vacuum deletes after that, a
+// session is in a later one and loads again.
 func (r *Repository) load(ctx context.Context) (*holdings, error) {
 	h := newHoldings()
-	vs, err := r.vacuums(ctx)
+	n, err := r.newestEpoch(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for _, v := range vs {
-		h.state += v.String()
-		if v.damage != nil {
-			// Readers find what is there; writers are stopped by settle.
-			h.findings = append(h.findings, Finding{Object: outcomePrefix + v.id, Offset: -1, Err: v.damage})
-		}
-		for _, name := range v.outcome.Delete {
-			h.planned[name] = true
-		}
-	}
+	h.state = epochState(n)
 	if err := r.listPacks(ctx, h); err != nil {
 		return nil, err
 	}
@@ -208,9 +200,6 @@ func (r *Repository) loadIndexes(ctx context.Context, h *holdings) error {
 		if err != nil {
 			return err
 		}
-		if h.planned[o.Name] {
-			continue
-		}
 		if r.noFlat.Load() {
 			h.indexes = append(h.indexes, o)
 			h.findings = append(h.findings, badIndex(o.Name, errors.New("it or another one like it is wrong about where a chunk lies")))
@@ -225,9 +214,7 @@ func (r *Repository) loadIndexes(ctx context.Context, h *holdings) error {
 		}
 		if err == nil {
 			err = index.Decode(r.id, b, func(p index.Pack) error {
-				if !h.planned[packName(p.ID)] {
-					h.packs[h.add(p)].indexed = true
-				}
+				h.packs[h.add(p)].indexed = true
 				return nil
 			})
 		}
@@ -392,25 +379,32 @@ func (h *holdings) rank(p index.Place) uint8 {
 	return uint8(h.trust(p))
 }
 
-// stores says whether a writer may refer to chunk id instead of storing it. An
-// error may be for Repository.mend.
-func (h *holdings) stores(ctx context.Context, id chunk.ID) (bool, error) {
+// stores says whether a writer may refer to chunk id instead of storing it, if
+// it may rely on the pack that holds it. An error may be for Repository.mend.
+func (h *holdings) stores(ctx context.Context, id chunk.ID) (in [32]byte, ok bool, err error) {
 	k := index.KeyOf(id)
 	p, ok, err := h.table.Lookup(ctx, k)
-	return ok && h.reliable(k, p), err
+	if !ok || err != nil {
+		return in, false, err
+	}
+	in, ok = h.reliable(k, p)
+	return in, ok, nil
 }
 
 // storesFresh is stores as far as no object need be read.
-func (h *holdings) storesFresh(id chunk.ID) bool {
+func (h *holdings) storesFresh(id chunk.ID) (in [32]byte, ok bool) {
 	k := index.KeyOf(id)
 	p, ok := h.table.Fresh(k)
-	return ok && h.reliable(k, p)
+	if !ok {
+		return in, false
+	}
+	return h.reliable(k, p)
 }
 
-func (h *holdings) reliable(k index.Key, p index.Place) bool {
+func (h *holdings) reliable(k index.Key, p index.Place) (in [32]byte, ok bool) {
 	h.mu.RLock()
 	defer h.mu.RUnlock()
-	return h.trust(p) == sound && !h.bad[k]
+	return h.packs[p.Pack].id, h.trust(p) == sound && !h.bad[k]
 }
 
 // find gives the place of chunk id. An error may be for Repository.mend.
@@ -432,13 +426,14 @@ func (h *holdings) distrust(id chunk.ID) {
 
 // publish notes a pack that has become durable.
 func (r *Repository) publish(p index.Pack) {
-	r.loadMu.RLock()
-	defer r.loadMu.RUnlock()
-	h := r.hold
-	if h == nil {
-		return // it will be found when somebody loads
+	r.loadMu.Lock()
+	defer r.loadMu.Unlock()
+	if r.keepLate {
+		r.late = append(r.late, p)
 	}
-	h.take(p)
+	if r.hold != nil { // otherwise it is found when somebody loads
+		r.hold.take(p)
+	}
 }
 
 // take notes a pack that was just stored.

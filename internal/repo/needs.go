@@ -12,6 +12,7 @@ import (
 type needs struct {
 	r     *Repository
 	files map[manifest.ID]bool   // every manifest that is needed
+	read  map[manifest.ID]bool   // those of them that were asked for and could be read
 	bases map[manifest.ID][]bool // for each base: which of its pages
 	// visit is called for each page that is needed, once.
 	visit func(id manifest.ID, f *manifest.File, i int) error
@@ -20,25 +21,31 @@ type needs struct {
 	fail func(id manifest.ID, err error) error
 }
 
-// walk visits all pages that the points need. A base needs its pages only as
-// far as a point names it, or a differential does not replace them. In memory
-// are a bit for each page of each base and one manifest's table.
-func (n *needs) walk(ctx context.Context, recs []*record) error {
-	n.files, n.bases = map[manifest.ID]bool{}, map[manifest.ID][]bool{}
-	done := map[manifest.ID]bool{}
+// recManifests are the manifests that the points name.
+func recManifests(recs []*record) (names []string) {
 	for _, rec := range recs {
-		for _, m := range rec.clear.Manifests {
-			id, err := parseManifestID(point.ManifestID(m))
-			if err != nil {
-				return err
-			}
-			if done[id] {
-				continue
-			}
-			done[id] = true
-			if err := n.one(ctx, id); err != nil {
-				return err
-			}
+		names = append(names, rec.clear.Manifests...)
+	}
+	return names
+}
+
+// walk visits all pages that these manifests need. A base needs its pages only
+// as far as a point names it, or a differential does not replace them. In
+// memory are a bit for each page of each base and one manifest's table.
+func (n *needs) walk(ctx context.Context, manifests []string) error {
+	n.files, n.bases, n.read = map[manifest.ID]bool{}, map[manifest.ID][]bool{}, map[manifest.ID]bool{}
+	done := map[manifest.ID]bool{}
+	for _, m := range manifests {
+		id, err := parseManifestID(point.ManifestID(m))
+		if err != nil {
+			return err
+		}
+		if done[id] {
+			continue
+		}
+		done[id] = true
+		if err := n.one(ctx, id); err != nil {
+			return err
 		}
 	}
 	for id, pages := range n.bases {
@@ -66,6 +73,7 @@ func (n *needs) one(ctx context.Context, id manifest.ID) error {
 	if err != nil {
 		return n.fail(id, err)
 	}
+	n.read[id] = true
 	if base == nil {
 		pages := make([]bool, f.Written())
 		for i := range pages {

@@ -14,7 +14,6 @@ import (
 )
 
 const (
-	sessionPrefix = "session/"
 	outcomePrefix = "outcome/"
 	vacuumPrefix  = "vacuum/"
 	committed     = "committed"
@@ -30,17 +29,20 @@ type outcome struct {
 	Delete []string `json:"delete,omitempty"` // of a vacuum: the objects to delete, in order
 }
 
-// started is session/… and vacuum/….
-type started struct {
-	Format  int    `json:"format"`
-	Session string `json:"session,omitempty"`
-	Vacuum  string `json:"vacuum,omitempty"`
+// vacuumObject is vacuum/….
+type vacuumObject struct {
+	Format  int      `json:"format"`
+	Vacuum  string   `json:"vacuum"`
+	Process *process `json:"process,omitempty"`
 }
+
+// idTime is a variable so that tests can turn the clock.
+var idTime = ulid.Now
 
 // newID makes a ULID that nobody will ever make again: no promise of the
 // repository rests on its time.
 func newID() (s string, b [16]byte, err error) {
-	u, err := ulid.New(ulid.Now(), rand.Reader)
+	u, err := ulid.New(idTime(), rand.Reader)
 	return strings.ToLower(u.String()), u, err
 }
 
@@ -114,16 +116,9 @@ func (r *Repository) decide(ctx context.Context, o outcome) (outcome, error) {
 // aVacuum is one of vacuum/ with its outcome.
 type aVacuum struct {
 	id      string
+	process *process
 	outcome outcome
 	damage  error // why the outcome cannot be read, nil if it can
-}
-
-// String is different for every state that a vacuum can be in.
-func (v *aVacuum) String() string {
-	if v.damage != nil {
-		return v.id + " damaged\n"
-	}
-	return v.id + " " + v.outcome.State + "\n"
 }
 
 // vacuums lists all vacuums that began and are not yet cleaned away.
@@ -140,7 +135,12 @@ func (r *Repository) vacuums(ctx context.Context) (vs []aVacuum, err error) {
 		if err != nil && !errors.Is(err, fault.ErrCorrupt) {
 			return nil, err
 		}
-		vs = append(vs, aVacuum{id, out, err})
+		v := aVacuum{id: id, outcome: out, damage: err}
+		var vo vacuumObject
+		if b, err := readObject(ctx, r.st, o.Name); err == nil && object.Decode(o.Name, b, &vo) == nil {
+			v.process = vo.Process // otherwise its beat must tell
+		}
+		vs = append(vs, v)
 	}
 	return vs, nil
 }
@@ -154,36 +154,21 @@ func (r *Repository) replaceOutcome(ctx context.Context, of string) error {
 	return put(ctx, r.st, outcomePrefix+of, b)
 }
 
-// settle makes sure that no vacuum that began before this session can delete
-// what the session will refer to: it revokes those that have not committed,
-// and loads the index again if one did, or if a check found damage.
-func (r *Repository) settle(ctx context.Context) error {
-	vs, err := r.vacuums(ctx)
-	if err != nil {
-		return err
-	}
-	state := ""
-	for _, v := range vs {
-		if v.damage != nil {
-			return fmt.Errorf("what a vacuum is deleting is not known: %w", v.damage)
-		}
-		if v.outcome.State == "" {
-			if v.outcome, err = r.decide(ctx, outcome{Of: v.id, State: revoked}); err != nil {
-				return err
-			}
-		}
-		state += v.String()
-	}
+// epochState is the state of holdings that were loaded in epoch n.
+func epochState(n int64) string { return fmt.Sprintf("epoch %d\n", n) }
+
+// settle loads the index again if a vacuum condemned something since it was
+// loaded, or a check found damage.
+func (r *Repository) settle(ctx context.Context, p *presence) error {
 	notes, err := r.quarantines(ctx)
 	if err != nil {
 		return err
 	}
-	state += strings.Join(notes, "\n")
 	h, err := r.held(ctx)
 	if err != nil {
 		return err
 	}
-	if h.state != state {
+	if h.state != epochState(p.epoch)+strings.Join(notes, "\n") {
 		_, err = r.reload(ctx, h)
 	}
 	return err

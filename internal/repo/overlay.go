@@ -66,7 +66,7 @@ func (w *DiskWriter) storeWhole(ctx context.Context, pw *pack.Worker, id chunk.I
 // no sound base, ok is false and nothing happened.
 func (w *DiskWriter) overlay(ctx context.Context, pw *pack.Worker, h *holdings, index int64, c ref, plain []byte) (put Put, ok bool, err error) {
 	s := w.s
-	if sound, err := s.r.stores(ctx, h, c.base); err != nil || !sound {
+	if _, sound, err := s.r.stores(ctx, h, c.base); err != nil || !sound {
 		return put, false, err
 	}
 	id := s.r.recordID(c)
@@ -137,7 +137,7 @@ func (w *DiskWriter) keep(ctx context.Context, pw *pack.Worker, h *holdings, ind
 	if err != nil {
 		return c, Put{}, err
 	}
-	based, err := s.r.stores(ctx, h, c.base)
+	_, based, err := s.r.stores(ctx, h, c.base)
 	if err != nil {
 		return c, Put{}, err
 	}

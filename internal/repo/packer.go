@@ -212,6 +212,7 @@ func (s *Session) storePack(b *pack.Builder) error {
 	}
 	entries := b.Entries()
 	_, sum := b.Finish()
+	s.seen.own(sum)
 	if err := s.r.st.Put(s.ctx, packName(sum), b, b.Bytes()); err != nil {
 		return fmt.Errorf("store %s: %w", packLabel(sum), err)
 	}

@@ -77,7 +77,7 @@ func (r *Repository) loadQuarantine(ctx context.Context, h *holdings) error {
 	h.state += strings.Join(names, "\n")
 	for _, name := range names {
 		b, err := readObject(ctx, r.st, name)
-		if errors.Is(err, fault.ErrNotFound) || h.planned[name] {
+		if errors.Is(err, fault.ErrNotFound) {
 			continue
 		}
 		var note quarantineNote
@@ -238,9 +238,9 @@ func (w *DiskWriter) Doubtful(ctx context.Context, within extent.Extent) (set ex
 		return set, err
 	}
 	err = w.prev.walk(ctx, first, end, func(i int64, c ref) error {
-		stored, err := w.s.r.stores(ctx, h, w.s.r.recordID(c))
+		_, stored, err := w.s.r.stores(ctx, h, w.s.r.recordID(c))
 		if err == nil && stored && c.overlay() {
-			stored, err = w.s.r.stores(ctx, h, c.base)
+			_, stored, err = w.s.r.stores(ctx, h, c.base)
 		}
 		if err == nil && !stored {
 			set.Add(w.prev.extent(i).Intersect(within))

@@ -1,9 +1,9 @@
 package repo
 
 import (
-	"bytes"
 	"encoding/hex"
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/backstay/backstay/internal/blob"
@@ -391,50 +391,68 @@ func TestADamagedRecordIsGivenUp(t *testing.T) {
 	}
 }
 
-// The delete list of a vacuum is lost: everything can be restored; a backup
-// waits for the next vacuum, which settles it if the lock says that it may.
+// The delete list of a vacuum that died is lost: backups go on, and the next
+// vacuum settles it.
 func TestADamagedOutcomeOfAVacuum(t *testing.T) {
-	st, r := newRepo(t)
-	a := noise(1, 3*testChunk)
-	p := mustBackup(t, r, "web01", a, nil, nil)
-	if _, err := r.Vacuum(bg, VacuumOptions{}); err != nil {
-		t.Fatal(err)
+	st, h, _ := garbageRepo(t)
+	var name string
+	crash := blobtest.Faulty(st, func(c blobtest.Call) error {
+		if c.Op == blobtest.OpDelete && strings.HasPrefix(c.Name, packPrefix) || name != "" {
+			return errors.New("power cut")
+		}
+		return nil
+	})
+	if _, err := mustOpen(t, crash).Vacuum(bg, VacuumOptions{}); err == nil {
+		t.Fatal("the crash did not happen")
 	}
+	everyoneDies()
 	vs, _ := blobtest.Names(bg, st, vacuumPrefix)
 	if len(vs) != 1 {
 		t.Fatal(vs)
 	}
-	name := outcomePrefix + vs[0][len(vacuumPrefix):]
+	name = outcomePrefix + vs[0][len(vacuumPrefix):]
 	if err := st.Damage(name, func(d []byte) []byte { d[20] ^= 1; return d }); err != nil {
 		t.Fatal(err)
 	}
-	r = mustOpen(t, st)
-	mustRead(t, r, p, a)
-	if rep, err := r.Check(bg, CheckOptions{}); err != nil || len(rep.Findings) != 1 || rep.Findings[0].Object != name {
+	r := mustOpen(t, st)
+	if rep, err := r.Check(bg, CheckOptions{ReadData: true}); err != nil || len(rep.Findings) != 1 || rep.Findings[0].Object != name || len(rep.Findings[0].Hits) > 0 {
 		t.Errorf("%+v, %v", rep, err)
 	}
-	if _, err := r.Begin(bg, SessionOptions{}); !errors.Is(err, fault.ErrCorrupt) {
-		t.Errorf("a session beside deletes that nobody knows: %v", err)
+	a := noise(9, 20*testChunk) // what the vacuum was deleting
+	p := mustBackup(t, r, "web02", a, nil, nil)
+	h.add(p, a)
+	if _, err := r.Vacuum(bg, VacuumOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	mustBeWhole(t, st, h, h.points...)
+	if n := count(t, st, vacuumPrefix); n != 0 {
+		t.Errorf("%d vacuums are left", n)
+	}
+}
+
+// While nobody can know what a vacuum deletes, no backup begins; the next vacuum
+// ends that.
+func TestADamagedEpoch(t *testing.T) {
+	st, h, _ := garbageRepo(t)
+	if _, err := mustOpen(t, st).Vacuum(bg, VacuumOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Damage(epochName(1), func(d []byte) []byte { d[20] ^= 1; return d }); err != nil {
+		t.Fatal(err)
+	}
+	r := mustOpen(t, st)
+	if _, err := r.Begin(bg, SessionOptions{}); !errors.Is(err, fault.ErrCorrupt) || !strings.Contains(err.Error(), epochName(1)) {
+		t.Errorf("a session in an epoch that nobody knows: %v", err)
 	}
 	if n := count(t, st, sessionPrefix); n != 0 {
-		t.Errorf("%d sessions are left", n)
-	}
-	bare := mustOpen(t, noLocks{st})
-	if _, err := bare.Vacuum(bg, VacuumOptions{}); !errors.Is(err, fault.ErrCorrupt) {
-		t.Errorf("a vacuum that can't know whether the other lives: %v", err)
+		t.Errorf("%d session objects are left", n)
 	}
 	if _, err := r.Vacuum(bg, VacuumOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	r = mustOpen(t, st)
-	b := bytes.Clone(a)
-	copy(b, "changed")
-	q := mustBackup(t, r, "web01", b, p, a)
-	mustRead(t, r, p, a)
-	mustRead(t, r, q, b)
-	if rep, err := r.Check(bg, CheckOptions{ReadData: true}); err != nil || len(rep.Findings) != 0 {
-		t.Errorf("%+v, %v", rep, err)
-	}
+	a := noise(9, 20*testChunk)
+	h.add(mustBackup(t, mustOpen(t, st), "web02", a, nil, nil), a)
+	mustBeWhole(t, st, h, h.points...)
 }
 
 // However far a vacuum got that replaces damaged packs, every point stays

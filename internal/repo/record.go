@@ -296,7 +296,7 @@ func (o *opener) readLayers(ctx context.Context, c ref) (plain, base []byte, err
 	if lost := (*baseError)(nil); errors.As(err, &lost) {
 		// Somebody may have stored the chunk with a record of its own.
 		if h, herr := o.r.held(ctx); herr == nil {
-			if stored, serr := o.r.stores(ctx, h, c.id); serr == nil && stored {
+			if _, stored, serr := o.r.stores(ctx, h, c.id); serr == nil && stored {
 				plain, err = o.readWhole(ctx, c.id)
 				return plain, nil, err
 			}

@@ -21,6 +21,7 @@ import (
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/copies"
+	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/pack"
 	"github.com/backstay/backstay/internal/repo/internal/seal"
 )
@@ -50,19 +51,19 @@ type Repository struct {
 	workMu  sync.Mutex
 	workers map[int][]*pack.Worker // idle, by zstd level
 
-	// loadMu is held for writing while the index is loaded, and for reading
-	// while something is added to it: so nothing is added to the one that is
-	// about to be replaced.
-	loadMu sync.RWMutex
-	hold   *holdings   // nil until something needs it
-	copies *copies.Dir // of the index; nil if the store is near
-	noFlat atomic.Bool // a flat index object was wrong: none is believed any more
+	loading  chan struct{} // one place, for who loads the index
+	loadMu   sync.RWMutex
+	hold     *holdings    // nil until something needs it
+	keepLate bool         // while somebody loads
+	late     []index.Pack // that became durable meanwhile
+	noFlat   atomic.Bool  // a flat index object was wrong: none is believed any more
+	copies   *copies.Dir  // of the index; nil if the store is near
 
 	recMu   sync.Mutex
 	records map[string]*record // restore points read so far, by object name
 
-	sessMu   sync.Mutex
-	sessions int // that live in this process
+	epochMu sync.Mutex
+	epochs  map[int64]*epoch // read lately
 }
 
 // Open opens the repository in st. It gives fault.ErrNotFound where there is
@@ -107,9 +108,11 @@ func open(ctx context.Context, st blob.Store) (*Repository, []byte, error) {
 		st: st, id: id, conf: conf,
 		mem:     pack.NewMemory(packMemory),
 		flight:  make(chan struct{}, packsInFlight),
+		loading: make(chan struct{}, 1),
 		slots:   map[*slot]struct{}{},
 		workers: map[int][]*pack.Worker{},
 		records: map[string]*record{},
+		epochs:  map[int64]*epoch{},
 	}, raw, nil
 }
 

@@ -76,10 +76,16 @@ func text(seed uint64, n int64) []byte {
 
 // backup stores content as the disk "vda" of a new point of name and gives its
 // ref. Chunks that are equal in prev are not mentioned.
-func backup(ctx context.Context, r *Repository, name string, content []byte, prev *point.RestorePoint, prevContent []byte) (*point.RestorePoint, error) {
+func backup(ctx context.Context, r *Repository, name string, content []byte, prev *point.RestorePoint, prevContent []byte) (p *point.RestorePoint, err error) {
+	err = backupAs(ctx, r, name, content, prev, prevContent, func(made *point.RestorePoint) { p = made })
+	return p, err
+}
+
+// backupAs calls before with the point that is about to be committed.
+func backupAs(ctx context.Context, r *Repository, name string, content []byte, prev *point.RestorePoint, prevContent []byte, before func(*point.RestorePoint)) error {
 	s, err := r.Begin(ctx, SessionOptions{})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer s.Abort(ctx)
 	var pm point.ManifestID
@@ -88,7 +94,7 @@ func backup(ctx context.Context, r *Repository, name string, content []byte, pre
 	}
 	w, err := s.Disk(ctx, int64(len(content)), pm)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for i := range chunk.Count(int64(len(content)), testChunk) {
 		part := cut(content, i)
@@ -96,20 +102,21 @@ func backup(ctx context.Context, r *Repository, name string, content []byte, pre
 			continue
 		}
 		if _, err := w.Put(ctx, i, part); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	m, err := w.Finish(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	xml, err := s.PutBlob(ctx, []byte("<domain>"+name+"</domain>"))
 	if err != nil {
-		return nil, err
+		return err
 	}
 	p := newPoint(name, m, int64(len(content)))
 	p.Config = map[string]point.Blob{"domain.xml": xml}
-	return p, s.Commit(ctx, p)
+	before(p)
+	return s.Commit(ctx, p)
 }
 
 var pointClock struct {
@@ -146,18 +153,30 @@ func mustBackup(t testing.TB, r *Repository, name string, content []byte, prev *
 	return p
 }
 
-// read gives a point's disk through ReadAt and checks that both ways of Fetch
-// agree with it.
-func read(r *Repository, p *point.RestorePoint) ([]byte, error) {
+// readDisk gives a point's disk through ReadAt.
+func readDisk(r *Repository, p *point.RestorePoint) ([]byte, error) {
 	d, err := r.OpenDisk(bg, p.Disks[0].Manifest)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
 	out := make([]byte, d.Size())
-	if _, err := d.ReadAt(out, 0); err != nil {
+	_, err = d.ReadAt(out, 0)
+	return out, err
+}
+
+// read gives a point's disk through ReadAt and checks that both ways of Fetch
+// agree with it.
+func read(r *Repository, p *point.RestorePoint) ([]byte, error) {
+	out, err := readDisk(r, p)
+	if err != nil {
 		return nil, err
 	}
+	d, err := r.OpenDisk(bg, p.Disks[0].Manifest)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
 	all := extent.Extent{Len: d.Size()}
 	var mu sync.Mutex
 	for _, ordered := range []bool{false, true} {

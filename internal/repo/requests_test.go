@@ -44,6 +44,7 @@ func (s *farAway) ReadAt(ctx context.Context, name string, p []byte, off int64) 
 // and 80 GETs for a GB restored of what does not compress, in both orders, and
 // neither LIST nor HEAD for a chunk.
 func TestRequestsPerGB(t *testing.T) {
+	realBeats(t)
 	size := int64(1500 << 20)
 	if testing.Short() {
 		size = 320 << 20

@@ -58,7 +58,7 @@ func (r *Repository) tryRuns(ctx context.Context, h *holdings, dropped map[strin
 		if err != nil {
 			return false, err
 		}
-		if _, _, ok := parseRunName(o.Name); ok && !h.planned[o.Name] {
+		if _, _, ok := parseRunName(o.Name); ok {
 			sizes[o.Name] = o.Bytes
 			names = append(names, o.Name)
 		}
@@ -141,9 +141,6 @@ func badIndex(name string, err error) Finding {
 func (h *holdings) numberer() func(index.RunPack) uint32 {
 	at := 0
 	return func(p index.RunPack) uint32 {
-		if len(h.planned) > 0 && h.planned[packName(p.ID)] {
-			return index.Gone
-		}
 		for at < h.listed && compareIDs(h.packs[at].id, p.ID) < 0 {
 			at++
 		}
@@ -225,14 +222,14 @@ func (r *Repository) mendPart(ctx context.Context, h *holdings, e *index.PartErr
 }
 
 // stores is h.stores, or that of the holdings that replace h.
-func (r *Repository) stores(ctx context.Context, h *holdings, id chunk.ID) (bool, error) {
+func (r *Repository) stores(ctx context.Context, h *holdings, id chunk.ID) (in [32]byte, ok bool, err error) {
 	for {
-		stored, err := h.stores(ctx, id)
+		in, ok, err = h.stores(ctx, id)
 		if err == nil {
-			return stored, nil
+			return in, ok, nil
 		}
 		if h, err = r.mend(ctx, h, err); err != nil {
-			return false, fmt.Errorf("chunk %s: %w", id.Short(), err)
+			return in, false, fmt.Errorf("chunk %s: %w", id.Short(), err)
 		}
 	}
 }
@@ -352,7 +349,7 @@ func (r *Repository) listPacks(ctx context.Context, h *holdings) error {
 				if err != nil {
 					return err
 				}
-				if id, ok := parsePackName(o.Name); ok && !h.planned[o.Name] {
+				if id, ok := parsePackName(o.Name); ok {
 					pieces[i] = append(pieces[i], heldPack{id: id, bytes: o.Bytes})
 				}
 			}

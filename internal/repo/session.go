@@ -6,15 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"time"
 
-	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
-	"github.com/backstay/backstay/internal/repo/internal/object"
 )
 
 // A Level says how hard to compress: "none", "fast", "default" or "high".
@@ -51,9 +48,6 @@ type SessionOptions struct {
 	NoOverlays bool
 }
 
-// writersLock is the lock that every session holds and a vacuum wants alone.
-const writersLock = "writers"
-
 // A Session stores the disks of one VM and publishes their restore points
 // together. Several at once share what they store.
 //
@@ -66,7 +60,7 @@ type Session struct {
 	overlays bool
 	ctx      context.Context // of the packs that are stored in the background
 	cancel   context.CancelFunc
-	release  func()
+	seen     *presence // by vacuums
 
 	mu       sync.Mutex
 	quiet    sync.Cond          // signalled when flying falls
@@ -84,9 +78,8 @@ type Session struct {
 	unknown  bool // nobody can say whether the outcome was stored
 }
 
-// Begin starts a session. It holds a shared lock on the store, where the store
-// has locks, until Commit or Abort; a vacuum that runs elsewhere without
-// locks is revoked.
+// Begin starts a session. Vacuums that run at the same time leave what it needs
+// alone until Commit or Abort, as long as it shows that it lives.
 func (r *Repository) Begin(ctx context.Context, o SessionOptions) (*Session, error) {
 	if err := r.needKeys(); err != nil {
 		return nil, err
@@ -100,57 +93,31 @@ func (r *Repository) begin(ctx context.Context, o SessionOptions) (*Session, err
 	if err != nil {
 		return nil, err
 	}
-	release := func() {}
-	if l, ok := r.st.(blob.Locker); ok {
-		if release, err = l.Lock(ctx, writersLock, false); err != nil {
-			return nil, err
-		}
-	}
 	s := &Session{
-		r: r, level: level, overlays: !o.NoOverlays, release: release,
+		r: r, level: level, overlays: !o.NoOverlays,
 		pending: map[index.Key]bool{}, slots: map[*slot]struct{}{},
 		finished: map[point.ManifestID]*manifest.Spool{}, reused: map[point.ManifestID]bool{},
 	}
 	s.quiet.L = &s.mu
-	// Packs outlive the call that filled them; Abort is what ends them early.
-	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if err := s.begin(ctx); err != nil {
-		s.cancel()
-		release()
+	if s.id, s.bin, err = newID(); err != nil {
 		return nil, err
 	}
-	r.sessMu.Lock()
-	r.sessions++
-	r.sessMu.Unlock()
-	return s, nil
-}
-
-// begin announces the session, and only then looks for vacuums: see
-// docs/format/repository.md, "Vacuum and writers".
-func (s *Session) begin(ctx context.Context) (err error) {
-	if s.id, s.bin, err = newID(); err != nil {
-		return err
+	s.seen = newPresence(r, s.id)
+	err = s.seen.announce(ctx)
+	if err == nil {
+		err = r.settle(ctx, s.seen)
 	}
-	b, err := object.Encode(started{Format: formatVersion, Session: s.id})
 	if err != nil {
-		return err
+		s.seen.end(ctx)
+		_ = s.seen.withdraw(ctx) // otherwise a vacuum does
+		return nil, fmt.Errorf("begin session: %w", err)
 	}
-	if err := create(ctx, s.r.st, sessionPrefix+s.id, b); err != nil {
-		return fmt.Errorf("begin session: %w", err)
-	}
-	if err := s.r.settle(ctx); err != nil {
-		s.forget(ctx)
-		return err
-	}
-	return nil
-}
-
-// forget takes the session object away. It is tidiness, which a vacuum does as
-// well, so a store that does not answer is not waited for.
-func (s *Session) forget(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-	defer cancel()
-	return s.r.st.Delete(ctx, sessionPrefix+s.id)
+	// Packs outlive the call that filled them; Abort is what ends them early.
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	s.seen.keep(func() {
+		s.fail(fmt.Errorf("session %s: %w", s.id, fault.ErrFenced))
+	})
+	return s, nil
 }
 
 // ID is the session's name in the store.
@@ -215,6 +182,9 @@ func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) err
 	if err := s.writeIndex(ctx); err != nil {
 		return s.fail(err)
 	}
+	if err := s.needManifests(ctx, points); err != nil {
+		return s.fail(err)
+	}
 	if err := s.writeManifests(ctx, points); err != nil {
 		return s.fail(err)
 	}
@@ -235,9 +205,7 @@ func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) err
 	if o.State == revoked {
 		return s.fail(fmt.Errorf("session %s: %w", s.id, fault.ErrFenced))
 	}
-	s.end()
-	// Only tidiness from here on: the points exist.
-	s.forget(ctx)
+	s.end(ctx)
 	return nil
 }
 
@@ -252,19 +220,20 @@ func (s *Session) Abort(ctx context.Context) error {
 	}
 	s.cancel()
 	s.fail(errors.New("session was aborted"))
-	s.end()
+	s.end(ctx)
 	if unknown {
 		// The outcome may or may not be there: make sure that one is.
-		if _, err := s.r.decide(ctx, outcome{Of: s.id, State: revoked}); err != nil {
-			return err
+		out, err := s.r.decide(ctx, outcome{Of: s.id, State: revoked})
+		if err != nil || out.State == committed {
+			return err // a vacuum may still have to look at this session
 		}
 	}
-	return s.forget(ctx)
+	return s.seen.withdraw(ctx)
 }
 
 // end lets go of everything that the session holds, when nothing is stored any
 // more. Durable packs that no index names are left to the next session.
-func (s *Session) end() {
+func (s *Session) end(ctx context.Context) {
 	s.mu.Lock()
 	s.over = true
 	for s.flying > 0 {
@@ -294,10 +263,7 @@ func (s *Session) end() {
 		h.orphans = append(h.orphans, stored...)
 		h.mu.Unlock()
 	}
-	s.release()
-	s.r.sessMu.Lock()
-	s.r.sessions--
-	s.r.sessMu.Unlock()
+	s.seen.end(ctx)
 }
 
 // current is the holdings if they are loaded.
@@ -337,6 +303,18 @@ func (s *Session) writeIndex(ctx context.Context) (err error) {
 		packs = packs[n:]
 	}
 	return nil
+}
+
+// needManifests keeps the manifests that are about to be stored from vacuums,
+// which no point names yet.
+func (s *Session) needManifests(ctx context.Context, points []*point.RestorePoint) error {
+	var ids []point.ManifestID
+	for _, p := range points {
+		for _, d := range p.Disks {
+			ids = append(ids, d.Manifest)
+		}
+	}
+	return s.seen.need(ctx, ids...)
 }
 
 func (s *Session) writeManifests(ctx context.Context, points []*point.RestorePoint) error {
@@ -381,29 +359,39 @@ func (s *Session) writeRecords(ctx context.Context, points []*point.RestorePoint
 // knows says whether chunk id, or an overlay's record of that name, need not be
 // stored.
 func (s *Session) knows(ctx context.Context, h *holdings, id chunk.ID) (bool, error) {
-	if known, err := s.r.stores(ctx, h, id); known || err != nil {
+	in, known, err := s.r.stores(ctx, h, id)
+	if err != nil || known && s.seen.rely(in) {
 		return known, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.pending[index.KeyOf(id)] || h.storesFresh(id), nil
+	return s.pendingOrFresh(h, id), nil
+}
+
+// pendingOrFresh is asked with s.mu held. The order matters: a chunk enters the
+// table before it leaves pending.
+func (s *Session) pendingOrFresh(h *holdings, id chunk.ID) bool {
+	if s.pending[index.KeyOf(id)] {
+		return true
+	}
+	in, known := h.storesFresh(id)
+	return known && s.seen.rely(in)
 }
 
 // claim says whether chunk id need not be stored; if not, it is from now on
 // this caller's to store.
 func (s *Session) claim(ctx context.Context, h *holdings, id chunk.ID) (known bool, err error) {
 	// What is read from the store is asked for without holding anybody up.
-	if known, err = s.r.stores(ctx, h, id); known || err != nil {
+	in, known, err := s.r.stores(ctx, h, id)
+	if err != nil || known && s.seen.rely(in) {
 		return known, err
 	}
-	k := index.KeyOf(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// The order matters: a chunk enters the table before it leaves pending.
-	if s.pending[k] || h.storesFresh(id) {
+	if s.pendingOrFresh(h, id) {
 		return true, nil
 	}
-	s.pending[k] = true
+	s.pending[index.KeyOf(id)] = true
 	return false, nil
 }
 

@@ -7,20 +7,31 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
-	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
-	"github.com/backstay/backstay/internal/repo/internal/object"
 	"github.com/backstay/backstay/internal/repo/internal/pack"
 )
 
 // VacuumOptions say how to vacuum.
 type VacuumOptions struct {
-	DryRun   bool // report only; nothing is written or locked
+	DryRun   bool // report only; nothing is written
 	Progress func(done, total int64)
+	// Patience is for how long a running backup may show no sign of life before
+	// it is revoked; 0 means DefaultPatience.
+	Patience time.Duration
+	// Waiting, if not nil, is called when the number of backups changes that
+	// vacuum waits for: each has to say what it needs.
+	Waiting func(backups int)
 }
+
+// DefaultPatience is for how long a silent backup is waited for.
+const DefaultPatience = 10 * time.Minute
+
+// patience is a variable for the sake of tests.
+var patience = DefaultPatience
 
 // A VacuumReport says what was, or would be, freed.
 type VacuumReport struct {
@@ -28,37 +39,43 @@ type VacuumReport struct {
 	RewrittenPacks int   `json:"rewritten_packs"`
 	FreedBytes     int64 `json:"freed_bytes"` // of packs, what was rewritten taken off
 	RewrittenBytes int64 `json:"rewritten_bytes"`
-	KeptWasteBytes int64 `json:"kept_waste_bytes"` // dead, in packs not worth a rewrite
-	Revoked        int   `json:"revoked"`          // sessions that died without an outcome
+	KeptWasteBytes int64 `json:"kept_waste_bytes"` // dead, in packs that stay: see Kept
+	Kept           Kept  `json:"kept"`
+	Running        int   `json:"running"` // backups beside this vacuum
+	Revoked        int   `json:"revoked"` // sessions that died without an outcome
 }
 
-// Vacuum frees what no restore point needs. It needs no keys. It gives
-// fault.ErrLocked while a writer is known to live, and fault.ErrFenced if a
-// session began meanwhile where the store cannot show that; then nothing was
-// deleted and it may be repeated.
+// Kept says why packs with dead bytes in them stay.
+type Kept struct {
+	LittleWaste int `json:"little_waste"` // not worth a rewrite
+	InUse       int `json:"in_use"`       // a running backup stored them or relies on them
+	Damaged     int `json:"damaged"`      // and something in them is still needed, or lost
+	Locked      int `json:"locked"`       // the storage keeps them until a time that has not come
+	TooMany     int `json:"too_many"`     // for one vacuum
+}
+
+// Vacuum frees what no restore point needs. It needs no keys. Backups, restores
+// and deletions may go on meanwhile. It gives fault.ErrLocked while another
+// vacuum lives, and fault.ErrFenced if another one took it for dead; then
+// nothing was deleted and it may be repeated.
 //
 // The order is the promise: docs/format/repository.md, "Vacuum and writers".
 // Until the outcome of the vacuum exists it only adds; from then on all that it
 // deletes is written down, for the next one to finish.
 func (r *Repository) Vacuum(ctx context.Context, o VacuumOptions) (VacuumReport, error) {
-	v := &vacuum{r: r, o: o}
-	if !o.DryRun {
-		r.sessMu.Lock()
-		n := r.sessions
-		r.sessMu.Unlock()
-		if n > 0 {
-			return v.report, fmt.Errorf("a backup is running: %w", fault.ErrLocked)
-		}
-		if l, ok := r.st.(blob.Locker); ok {
-			release, err := l.Lock(ctx, writersLock, true)
-			if err != nil {
-				return v.report, err
-			}
-			defer release()
-			v.locked = true
-		}
+	if o.Patience <= 0 {
+		o.Patience = patience
 	}
-	if err := v.run(ctx); err != nil {
+	v := &vacuum{r: r, o: o, sight: newSight(r, o.Patience)}
+	err := v.announce(ctx)
+	if err == nil {
+		err = v.run(ctx)
+		if err != nil && !v.decided && !v.o.DryRun && v.fenced(ctx) {
+			err = fmt.Errorf("%w by another vacuum: %w", fault.ErrFenced, err)
+		}
+		err = errors.Join(err, v.leave(ctx, err))
+	}
+	if err != nil {
 		return v.report, fmt.Errorf("vacuum: %w", err)
 	}
 	return v.report, nil
@@ -70,46 +87,70 @@ type vacuum struct {
 	o      VacuumOptions
 	report VacuumReport
 
-	locked   bool // no other vacuum lives
-	id       string
-	bin      [16]byte
-	sessions []string // that began before, all decided now
-	h        *holdings
-	recs     []*record
-	needs    needs
-	marks    *index.Marks
-	live     []int64            // bytes of live records, by pack
-	kept     []int64            // bytes of a pack of nothing but those, by pack
-	homeless int                // chunks that live and are in no pack
-	unknown  map[index.Key]bool // those of them that the index does not know
-	stuck    []bool             // packs with records that live and are in quarantine
+	id      string
+	bin     [16]byte
+	stop    func()          // ends the beat
+	sight   *sight          // of sessions
+	over    map[string]bool // sessions that had an outcome when this began
+	epoch   int64
+	decided bool // committed or revoked
+
+	h         *holdings
+	manifests []string // that were in the store before the epoch
+	recs      []*record
+	needs     needs
+	walked    map[manifest.ID]bool // all of what these need is marked
+	rescued   int                  // packs
+	marks     *index.Marks
+	live      []int64            // bytes of live records, by pack
+	kept      []int64            // bytes of a pack of nothing but those, by pack
+	homeless  int                // chunks that live and are in no pack
+	unknown   map[index.Key]bool // those of them that the index does not know
+	stuck     []bool             // packs with records that live and are in quarantine
 
 	dead, rewrite []uint32     // packs
 	fresh         []index.Pack // what was rewritten went here
+	freshIndex    string       // the index object that says so
 	replaced      []string     // index objects that are not needed any more
 	plan          []string     // to delete, in order
 }
 
 func (v *vacuum) run(ctx context.Context) (err error) {
-	if err := v.fence(ctx); err != nil {
+	if err := v.lookAround(ctx); err != nil {
 		return err
 	}
 	// Its own holdings: the table must not change while it is marked.
 	if v.h, err = v.r.load(ctx); err != nil {
 		return err
 	}
+	if err := v.listManifests(ctx); err != nil {
+		return err
+	}
 	if v.recs, err = v.r.list(ctx); err != nil {
 		return err // nobody knows what an unreadable point needs
+	}
+	if err := v.sight.look(ctx, v.over); err != nil {
+		return err
 	}
 	if err := v.mark(ctx); err != nil {
 		return err
 	}
-	v.choose()
-	v.chooseSmall()
+	if err := v.chooseAll(ctx); err != nil {
+		return err
+	}
 	if v.o.DryRun {
 		return nil
 	}
 	if err := v.copyLive(ctx); err != nil {
+		return err
+	}
+	if err := v.condemn(ctx); err != nil {
+		return err
+	}
+	if err := v.await(ctx); err != nil {
+		return err
+	}
+	if err := v.rescue(ctx); err != nil {
 		return err
 	}
 	if err := v.writeIndex(ctx); err != nil {
@@ -119,11 +160,17 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 		return err
 	}
 	out, err := v.r.decide(ctx, outcome{Of: v.id, State: committed, Delete: v.plan})
+	if errors.Is(err, fault.ErrExists) {
+		// It was there and is gone: another vacuum ended this one.
+		v.decided = true
+		return fmt.Errorf("%w by another vacuum: %w", fault.ErrFenced, err)
+	}
 	if err != nil {
 		return err
 	}
+	v.decided = true
 	if out.State == revoked {
-		return fmt.Errorf("a backup began: %w", fault.ErrFenced)
+		return fmt.Errorf("%w by another vacuum", fault.ErrFenced)
 	}
 	defer v.r.forget()
 	for i, name := range v.plan {
@@ -132,7 +179,10 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 		}
 		v.progress(i + 1 + len(v.rewrite))
 	}
-	return v.r.sweepParity(ctx)
+	if err := v.r.sweepParity(ctx); err != nil {
+		return err
+	}
+	return v.cleanUp(ctx)
 }
 
 // progress counts packs rewritten and then objects deleted; the total grows
@@ -148,100 +198,6 @@ func (r *Repository) forget() {
 	r.loadMu.Lock()
 	defer r.loadMu.Unlock()
 	r.hold = nil
-}
-
-// fence announces the vacuum, finishes earlier ones and decides every session
-// that has no outcome.
-func (v *vacuum) fence(ctx context.Context) (err error) {
-	if !v.o.DryRun {
-		if v.id, v.bin, err = newID(); err != nil {
-			return err
-		}
-		b, err := object.Encode(started{Format: formatVersion, Vacuum: v.id})
-		if err != nil {
-			return err
-		}
-		if err := create(ctx, v.r.st, vacuumPrefix+v.id, b); err != nil {
-			return err
-		}
-		if err := v.finishEarlier(ctx); err != nil {
-			return err
-		}
-	}
-	for o, err := range v.r.st.List(ctx, sessionPrefix) {
-		if err != nil {
-			return err
-		}
-		id := strings.TrimPrefix(o.Name, sessionPrefix)
-		if !isID(id) {
-			continue
-		}
-		out, err := v.r.outcomeOf(ctx, id)
-		if errors.Is(err, fault.ErrCorrupt) {
-			out, err = v.mend(ctx, id, err)
-		}
-		if err != nil {
-			return err
-		}
-		if out.State == "" {
-			v.report.Revoked++
-			if v.o.DryRun {
-				continue
-			}
-			if out, err = v.r.decide(ctx, outcome{Of: id, State: revoked}); err != nil {
-				return err
-			}
-			if out.State == committed {
-				v.report.Revoked-- // it was faster
-			}
-		}
-		v.sessions = append(v.sessions, id)
-	}
-	return nil
-}
-
-// finishEarlier ends every vacuum that began before this one: what it was going
-// to delete is deleted, or it can delete nothing any more.
-func (v *vacuum) finishEarlier(ctx context.Context) error {
-	vs, err := v.r.vacuums(ctx)
-	if err != nil {
-		return err
-	}
-	for _, e := range vs {
-		if e.id == v.id {
-			continue
-		}
-		if e.damage != nil {
-			// What it deletes is not known. Only the lock says that it is dead;
-			// what it left is found to be garbage once more.
-			if !v.locked {
-				return e.damage
-			}
-			if err := v.r.replaceOutcome(ctx, e.id); err != nil {
-				return err
-			}
-			e.outcome = outcome{Of: e.id, State: revoked}
-		}
-		if e.outcome.State == "" {
-			if e.outcome, err = v.r.decide(ctx, outcome{Of: e.id, State: revoked}); err != nil {
-				return err
-			}
-		}
-		for _, name := range e.outcome.Delete {
-			if err := v.r.st.Delete(ctx, name); err != nil {
-				return err
-			}
-		}
-		if err := v.r.st.Delete(ctx, vacuumPrefix+e.id); err != nil {
-			return err
-		}
-		if e.outcome.State == committed {
-			if err := v.r.st.Delete(ctx, outcomePrefix+e.id); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }
 
 // mark finds out which chunks live. Where a part of the index turns out to be
@@ -276,7 +232,7 @@ func (v *vacuum) tryMark(ctx context.Context) error {
 			}
 			return nil
 		},
-		fail: func(_ manifest.ID, err error) error { return err },
+		fail: v.unreadable,
 	}
 	for _, rec := range v.recs {
 		for _, s := range rec.clear.Records {
@@ -289,9 +245,10 @@ func (v *vacuum) tryMark(ctx context.Context) error {
 			}
 		}
 	}
-	if err := v.needs.walk(ctx, v.recs); err != nil {
+	if err := v.needs.walk(ctx, append(recManifests(v.recs), v.sight.manifests()...)); err != nil {
 		return err
 	}
+	v.walked = v.needs.read
 	return v.marks.Flush(ctx)
 }
 
@@ -405,40 +362,37 @@ func (v *vacuum) liveRecords(ctx context.Context, n uint32) (data []byte, live [
 
 // planRest lists everything that nobody needs, packs last.
 func (v *vacuum) planRest(ctx context.Context) error {
-	exists := map[string]bool{}
-	for _, rec := range v.recs {
-		exists[rec.name] = true
-	}
-	unneeded := func(prefix string, garbage func(rest string) (bool, error)) error {
-		for o, err := range v.r.st.List(ctx, prefix) {
-			if err != nil {
-				return err
-			}
-			yes, err := garbage(strings.TrimPrefix(o.Name, prefix))
-			if err != nil {
-				return err
-			}
-			if yes {
-				v.plan = append(v.plan, o.Name)
-			}
+	for _, name := range v.manifests {
+		if id, ok := parseHashName(name, manifestPrefix); ok && !v.needs.files[manifest.ID(id)] {
+			v.plan = append(v.plan, name)
 		}
-		return nil
 	}
-	noPoint := func(name string) (bool, error) { return parsePointName(name) && !exists[name], nil }
-	err := errors.Join(
-		unneeded(manifestPrefix, func(rest string) (bool, error) {
-			id, ok := parseHashName(manifestPrefix+rest, manifestPrefix)
-			return ok && !v.needs.files[manifest.ID(id)], nil
-		}),
-		unneeded(pointPrefix, noPoint),
-		unneeded(suspectPrefix, noPoint),
-		unneeded(outcomePrefix, func(id string) (bool, error) { return v.emptyOutcome(ctx, id, exists) }),
-	)
-	if err != nil {
+	outcomes := map[string]outcome{}
+	noPoint := func(name string) (bool, error) {
+		if !parsePointName(name) {
+			return false, nil
+		}
+		session, _, _ := strings.Cut(name, "-")
+		out, ok := outcomes[session]
+		if !ok {
+			var err error
+			if out, err = v.r.outcomeOf(ctx, session); errors.Is(err, fault.ErrCorrupt) {
+				return false, nil
+			} else if err != nil {
+				return false, err
+			}
+			outcomes[session] = out
+		}
+		return out.State != "" && !slices.Contains(out.Points, name), nil
+	}
+	if err := v.unneeded(ctx, pointPrefix, noPoint); err != nil {
 		return err
 	}
-	for _, id := range v.sessions {
-		v.plan = append(v.plan, sessionPrefix+id)
+	if err := v.planOutcomes(ctx, noPoint); err != nil {
+		return err
+	}
+	if err := v.planSessions(ctx); err != nil {
+		return err
 	}
 	v.plan = append(v.plan, v.replaced...)
 	goes := map[[32]byte]bool{}
@@ -450,18 +404,102 @@ func (v *vacuum) planRest(ctx context.Context) error {
 	return nil
 }
 
-// emptyOutcome says whether the outcome of id makes no point exist any more.
-// One that revokes stays for ever, because its writer may still wake up.
-func (v *vacuum) emptyOutcome(ctx context.Context, id string, exists map[string]bool) (bool, error) {
-	if !isID(id) {
-		return false, nil
+// unneeded plans to delete what is garbage under prefix.
+func (v *vacuum) unneeded(ctx context.Context, prefix string, garbage func(rest string) (bool, error)) error {
+	for o, err := range v.r.st.List(ctx, prefix) {
+		if err != nil {
+			return err
+		}
+		yes, err := garbage(strings.TrimPrefix(o.Name, prefix))
+		if err != nil {
+			return err
+		}
+		if yes {
+			v.plan = append(v.plan, o.Name)
+		}
 	}
-	out, err := v.r.outcomeOf(ctx, id)
-	if errors.Is(err, fault.ErrCorrupt) {
-		return false, nil
+	return nil
+}
+
+// planOutcomes deletes notes beside records that are gone, and outcomes that
+// make no point exist any more. Records are listed after the outcomes were
+// read: whoever commits stores its records first.
+func (v *vacuum) planOutcomes(ctx context.Context, noPoint func(string) (bool, error)) error {
+	done := map[string]outcome{}
+	for o, err := range v.r.st.List(ctx, outcomePrefix) {
+		if err != nil {
+			return err
+		}
+		id := strings.TrimPrefix(o.Name, outcomePrefix)
+		if !isID(id) {
+			continue
+		}
+		out, err := v.r.outcomeOf(ctx, id)
+		if errors.Is(err, fault.ErrCorrupt) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		// One that revokes stays for ever: its writer may still wake up.
+		if out.State == committed {
+			done[id] = out
+		}
 	}
-	if err != nil || out.State != committed {
-		return false, err
+	records := map[string]bool{}
+	for o, err := range v.r.st.List(ctx, pointPrefix) {
+		if err != nil {
+			return err
+		}
+		records[strings.TrimPrefix(o.Name, pointPrefix)] = true
 	}
-	return !slices.ContainsFunc(out.Points, func(name string) bool { return exists[name] }), nil
+	for id, out := range done {
+		if !slices.ContainsFunc(out.Points, func(name string) bool { return records[name] }) {
+			v.plan = append(v.plan, outcomePrefix+id)
+		}
+	}
+	return v.unneeded(ctx, suspectPrefix, func(name string) (bool, error) {
+		if !parsePointName(name) || records[name] {
+			return false, nil
+		}
+		session, _, _ := strings.Cut(name, "-")
+		if _, ok := done[session]; ok {
+			return true, nil
+		}
+		return noPoint(name)
+	})
+}
+
+// planSessions deletes what sessions that are over left, and beats of those that
+// gave up. Beats are listed first: they come after the object they belong to.
+func (v *vacuum) planSessions(ctx context.Context) error {
+	var beats []string
+	for o, err := range v.r.st.List(ctx, beatPrefix) {
+		if err != nil {
+			return err
+		}
+		beats = append(beats, strings.TrimPrefix(o.Name, beatPrefix))
+	}
+	owned := map[string]bool{}
+	err := v.unneeded(ctx, sessionPrefix, func(rest string) (bool, error) {
+		id, ok := parseSessionName(sessionPrefix + rest)
+		owned[id] = ok && !v.over[id]
+		return ok && v.over[id], nil
+	})
+	if err != nil {
+		return err
+	}
+	vs, err := v.r.vacuums(ctx)
+	if err != nil {
+		return err
+	}
+	for _, e := range vs {
+		owned[e.id] = true
+	}
+	for _, id := range beats {
+		if isID(id) && !owned[id] {
+			v.plan = append(v.plan, beatPrefix+id)
+		}
+	}
+	return nil
 }

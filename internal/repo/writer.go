@@ -56,8 +56,11 @@ func (s *Session) Disk(ctx context.Context, sizeBytes int64, previous point.Mani
 	}
 	w := &DiskWriter{s: s, size: sizeBytes, draft: manifest.NewDraft()}
 	if previous != "" {
-		// Only a point that exists now, after the session announced itself,
-		// keeps the previous chunks from a vacuum.
+		// A vacuum that no longer finds the point finds the session: that is
+		// why the point must exist after the session said what it needs.
+		if err := s.seen.need(ctx, previous); err != nil {
+			return nil, err
+		}
 		if err := s.r.mustBeNamed(ctx, previous); err != nil {
 			return nil, err
 		}

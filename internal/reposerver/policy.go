@@ -80,6 +80,7 @@ var rules = []rule{
 	{"man/", create, true, large},
 	{"rp/", createBound, true, small},
 	{"session/", own, false, small},
+	{"beat/", own, false, small},
 	{"outcome/", createBound, true, small},
 	{"suspect/", create, false, small},
 	// A note that calls a good pack damaged makes vacuum drop it where another

@@ -139,3 +139,11 @@ func putFooter(b []byte, n int, entriesCRC uint32) {
 	le.PutUint32(b[16:], entriesCRC)
 	le.PutUint32(b[28:], crc32.Checksum(b[:28], castagnoli))
 }
+
+// HeaderSession gives the session or vacuum that a pack's header names.
+func HeaderSession(b []byte, repo [16]byte) (session [16]byte, err error) {
+	if err := checkHeader(b, repo); err != nil {
+		return session, err
+	}
+	return [16]byte(b[24:40]), nil
+}
