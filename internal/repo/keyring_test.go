@@ -125,6 +125,9 @@ func TestEveryKindOfKeyOpens(t *testing.T) {
 		t.Errorf("counted %+v, %v", c, err)
 	}
 	all, err := keyless.Keys(bg)
+	if err != nil || len(all) != 5 {
+		t.Errorf("%d keys, %v", len(all), err)
+	}
 	for _, in := range all {
 		if in.Label != "" || in.Created != nil || in.State != KeyUnchecked {
 			t.Errorf("without a key one sees %+v", in)

@@ -310,7 +310,6 @@ func TestADamagedBaseHeals(t *testing.T) {
 	}
 
 	// A lost overlay alone is made anew.
-	records, in = packed(t, st)
 	d := touch(c, 2, 1, 9)
 	v := mustBackup(t, r, "web01", d, next, c)
 	lost := r.recordID(refs(t, r, v)[2])

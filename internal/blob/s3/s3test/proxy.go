@@ -30,7 +30,7 @@ func Proxy(t testing.TB, endpoint string, hook func(*http.Request) Fault) string
 	p := &proxy{hook: hook, seen: map[string]answer{}}
 	p.forward = &httputil.ReverseProxy{
 		// The host stays as the client signed it.
-		Director:  func(r *http.Request) { r.URL.Scheme, r.URL.Host = "http", endpoint },
+		Rewrite:   func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", endpoint },
 		Transport: &http.Transport{MaxIdleConnsPerHost: 64, DisableCompression: true},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) {
 			w.WriteHeader(http.StatusBadGateway)
