@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"strings"
 	"testing"
 	"time"
 
@@ -107,16 +108,24 @@ func TestScrubGoesRound(t *testing.T) {
 // What an interrupted check read and found is not lost.
 func TestAnInterruptedScrubKeepsWhatItRead(t *testing.T) {
 	st, r := newRepo(t)
-	for i := range uint64(8) {
+	for i := range uint64(40) {
 		mustBackup(t, r, "web01", noise(i, testChunk), nil, nil)
 	}
 	names, _ := blobtest.Names(bg, st, packPrefix)
 	flipIn(t, st, names[0], 0)
 	ctx, cancel := context.WithCancel(bg)
 	defer cancel()
+	tries, since := 0, 0
 	slow := blobtest.Faulty(st, func(c blobtest.Call) error {
-		if c.Name == names[6] && c.Op == blobtest.OpReadAt {
-			cancel()
+		switch {
+		case c.Op != blobtest.OpReadAt:
+		case c.Name == names[0]:
+			tries++
+		case tries > 1 && strings.HasPrefix(c.Name, packPrefix):
+			// The other worker has long seen that it is damaged.
+			if since++; since == 12 {
+				cancel()
+			}
 		}
 		return nil
 	})
