@@ -91,7 +91,7 @@ func TestBackupSurvivesCrash(t *testing.T) {
 	first := mustBackup(t, mustOpen(t, base), "web01", a, nil, nil)
 	h.add(first, a)
 	for _, applied := range []bool{false, true} {
-		for n := 0; ; n++ {
+		for n := 0; ; n += stride() {
 			disk := base.Clone()
 			crash := blobtest.CrashAfter(n, disk)
 			if applied {
@@ -176,7 +176,7 @@ func TestVacuumSurvivesCrash(t *testing.T) {
 		for _, applied := range []bool{false, true} {
 			st, h, _ := garbageRepo(t)
 			want := -1
-			for n := 0; ; n++ {
+			for n := 0; ; n += stride() {
 				disk := st.Clone()
 				view := func() blob.Store {
 					if locks {
@@ -383,7 +383,7 @@ func TestAPausedWriterIsFenced(t *testing.T) {
 // A whole backup fits in anywhere in a vacuum, and both are done.
 func TestABackupAnywhereInAVacuum(t *testing.T) {
 	st, h, _ := garbageRepo(t)
-	for n := 1; ; n++ {
+	for n := 1; ; n += stride() {
 		disk := st.Clone()
 		writer := mustOpen(t, noLocks{disk})
 		dead := noise(9, 20*testChunk)

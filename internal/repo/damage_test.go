@@ -63,7 +63,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		step := max(1, size/61) // a prime keeps it from hitting one field only
+		step := max(1, size/61) * int64(stride()) // primes keep it from hitting one field only
 		for at := int64(0); at < size; at += step {
 			bad := st.Clone()
 			bit := byte(1) << (at % 8)

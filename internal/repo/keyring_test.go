@@ -269,7 +269,7 @@ func TestPlantedKeys(t *testing.T) {
 // A rotation that stops anywhere leaves the old key or the new one, and one
 // that was told done leaves only the new one.
 func TestRotateSurvivesCrash(t *testing.T) {
-	for n := 0; ; n++ {
+	for n := 0; ; n += stride() {
 		st := mem.New()
 		mustInit(t, st)
 		ring, err := OpenKeyring(bg, blobtest.CrashAfter(n, st), testKey)

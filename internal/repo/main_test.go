@@ -26,3 +26,13 @@ func realBeats(t *testing.T) {
 	beatEvery, pollEvery = 5*time.Second, time.Second
 	t.Cleanup(func() { beatEvery, pollEvery = beat, poll })
 }
+
+// stride is how far apart the steps are after which a test lets a process or a
+// disk die: every step is tried, but with -short, which runs under the race
+// detector, one of seven.
+func stride() int {
+	if testing.Short() {
+		return 7
+	}
+	return 1
+}

@@ -96,7 +96,7 @@ func TestSweepSeesWhatIsNew(t *testing.T) {
 	if err := r.DeletePoint(bg, gone.VM, gone.ID); err != nil {
 		t.Fatal(err)
 	}
-	for n := 0; ; n++ {
+	for n := 0; ; n += stride() {
 		st := base.Clone()
 		hit := false
 		slow := blobtest.Faulty(st, func(c blobtest.Call) error {

@@ -23,7 +23,7 @@ func TestCommitsSurvivePowerCuts(t *testing.T) {
 	h := &history{}
 	first := mustBackup(t, mustOpen(t, open(base)), "web01", a, nil, nil)
 	h.add(first, a)
-	for cut := 0; ; cut++ {
+	for cut := 0; ; cut += stride() {
 		disk := base.Reboot(rng) // everything was synced: a copy
 		disk.CutAfter(cut)
 		p, err := runBackup(open(disk), b, first, a)

@@ -314,7 +314,7 @@ func TestHealingSurvivesCrash(t *testing.T) {
 		_, err = r.Vacuum(bg, VacuumOptions{})
 		return err
 	}
-	for n := 0; ; n++ {
+	for n := 0; ; n += stride() {
 		disk := base.Clone()
 		err := heal(blobtest.CrashAfter(n, disk))
 		if err := heal(disk); err != nil {
@@ -471,7 +471,7 @@ func TestReplacingDamagedPacksSurvivesCrash(t *testing.T) {
 	}
 	h.add(mustBackup(t, r, "web03", a, nil, nil), a)
 	for _, locks := range []bool{true, false} {
-		for n := 0; ; n++ {
+		for n := 0; ; n += stride() {
 			disk := st.Clone()
 			var view blob.Store = disk
 			if !locks {

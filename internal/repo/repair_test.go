@@ -416,7 +416,7 @@ func TestRepairSurvivesCrash(t *testing.T) {
 	base.Damage(pack, func(b []byte) []byte { clear(b[70_000:140_000]); return b })
 	names, _ := blobtest.Names(bg, base, manifestPrefix)
 	base.Damage(names[0], func(b []byte) []byte { b[20] ^= 1; return b })
-	for n := 0; ; n++ {
+	for n := 0; ; n += stride() {
 		st := base.Clone()
 		r, err := OpenKeyless(bg, blobtest.CrashAfter(n, st))
 		if err != nil {

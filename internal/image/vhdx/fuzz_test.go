@@ -157,33 +157,37 @@ func FuzzOpen(f *testing.F) {
 	})
 }
 
-// part is a fuzz target that puts bytes at one place of a small image, which
+// A part is a place of a small image whose bytes are a fuzzer's.
+type part struct{ at, most int64 }
+
+// fuzzParts is a fuzz target that puts bytes at one of parts, in an image that
 // is a layer over a parent if the fuzzer wants.
-func part(f *testing.F, at, most int64, prepare func(m memory)) {
+func fuzzParts(f *testing.F, prepare func(m memory), parts ...part) {
 	clean := file(f, image.CreateOptions{})
 	parent := func(string, image.Format) (image.Image, error) { return OpenLayer(clean) }
 	base := [2]seed{}
 	for i, m := range []memory{slices.Clone(clean), overParent(f)} {
 		base[i] = newSeed(m, m)
-		n := 256
-		if at == logOffset {
-			n = 3 * logSector
-			end := int64(len(m))
-			next := m.log(logEntry{0, 0, 7, end, end, []logChange{{off: blockOf(m, 0), page: page(9)}}})
-			m.log(logEntry{next, 0, 8, end, end, []logChange{{off: tableOffset + 4096, bytes: 4096}}})
+		for j, p := range parts {
+			n := min(p.most, 256)
+			if p.at == logOffset {
+				n = 3 * logSector
+				end := int64(len(m))
+				next := m.log(logEntry{0, 0, 7, end, end, []logChange{{off: blockOf(m, 0), page: page(9)}}})
+				m.log(logEntry{next, 0, 8, end, end, []logChange{{off: tableOffset + 4096, bytes: 4096}}})
+			}
+			f.Add(uint8(j), i == 1, true, bytes.Clone(m[p.at:p.at+n]))
 		}
-		f.Add(i == 1, true, bytes.Clone(m[at:at+int64(n)]))
 		copy(m, base[i].good)
 	}
-	f.Fuzz(func(t *testing.T, layered, seal bool, p []byte) {
-		s := base[0]
+	f.Fuzz(func(t *testing.T, which uint8, layered, seal bool, bytes []byte) {
+		s, p := base[0], parts[int(which)%len(parts)]
 		if layered {
 			s = base[1]
 		}
-		n := min(int64(len(p)), most)
 		defer copy(s.head, s.good[:regions1])
-		defer copy(s.head[at:at+most], s.good[at:])
-		copy(s.head[at:], p[:n])
+		defer copy(s.head[p.at:p.at+p.most], s.good[p.at:])
+		copy(s.head[p.at:p.at+p.most], bytes)
 		if prepare != nil {
 			prepare(s.head)
 		}
@@ -195,15 +199,13 @@ func part(f *testing.F, at, most int64, prepare func(m memory)) {
 }
 
 // FuzzLog makes the log's sectors of bytes.
-func FuzzLog(f *testing.F) { part(f, logOffset, 8*logSector, memory.dirty) }
+func FuzzLog(f *testing.F) { fuzzParts(f, memory.dirty, part{logOffset, 8 * logSector}) }
 
-// FuzzMetadata makes the metadata's items of bytes, and FuzzMetadataTable what
-// names them.
-func FuzzMetadata(f *testing.F)      { part(f, atParameters, 2048, nil) }
-func FuzzMetadataTable(f *testing.F) { part(f, metadataOffset, 2048, nil) }
-
-// FuzzTable makes the block allocation table of bytes.
-func FuzzTable(f *testing.F) { part(f, tableOffset, 256, nil) }
+// FuzzTables makes the metadata's items, the table that names them or the block
+// allocation table of bytes.
+func FuzzTables(f *testing.F) {
+	fuzzParts(f, nil, part{atParameters, 2048}, part{metadataOffset, 2048}, part{tableOffset, 256})
+}
 
 // What was written is read, whatever the order, lengths and places.
 func FuzzRoundTrip(f *testing.F) {
