@@ -70,7 +70,7 @@ func stage(tree string, want int64) (int64, error) {
 				if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 					return err
 				}
-				copied, err := writeFrom(to, io.MultiReader(bytes.NewReader(shift), from))
+				copied, err := writeFrom(to, io.LimitReader(io.MultiReader(bytes.NewReader(shift), from), want-n))
 				if err != nil {
 					return err
 				}

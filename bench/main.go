@@ -6,6 +6,7 @@
 //	go run ./bench                    # everything; the running VM needs root and libvirt
 //	go run ./bench -only full,restore # only these
 //	go run ./bench -runs 7 -dir /fast # more runs, another disk
+//	go run ./bench -only history      # 60 days of a disk, dropped and cleaned up, against restic and borg
 //
 // It needs restic, borg, qemu-img and zstd; what is missing is left out and
 // said so. Every time is wall time up to the end of a sync of the file system,
@@ -27,11 +28,13 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	var b bench
-	only := flag.String("only", "full,restore,rescan,vm,images", "comma-separated, in this order: full, restore, rescan, vm, images")
+	only := flag.String("only", "full,restore,rescan,vm,images,history", "comma-separated, in this order: full, restore, rescan, vm, images, history")
 	flag.StringVar(&b.dir, "dir", filepath.Join(os.TempDir(), "backstay-bench"), "work directory; 40 GiB are needed")
 	flag.IntVar(&b.runs, "runs", 5, "runs of each tool; the median counts")
 	flag.Int64Var(&b.virtual, "virtual", 8<<30, "virtual size of the disk in bytes")
 	flag.Int64Var(&b.files, "files", 4<<30+512<<20, "bytes of real files on it")
+	flag.Int64Var(&b.historyBytes, "history-size", 1<<30, "bytes of the disk of history")
+	flag.IntVar(&b.historyDays, "history-days", 60, "days of history; the default takes some 12 GiB")
 	flag.BoolVar(&b.peers, "peers", true, "run the other tools too")
 	flag.Parse()
 	if err := b.run(ctx, strings.Split(*only, ",")); err != nil {
@@ -45,6 +48,9 @@ type bench struct {
 	runs           int
 	virtual, files int64
 	peers          bool
+
+	historyBytes int64
+	historyDays  int
 
 	exe  string // backstay
 	disk string // the raw image
@@ -75,6 +81,8 @@ func (b *bench) run(ctx context.Context, cases []string) error {
 			err = b.vm(ctx)
 		case "images":
 			err = b.images(ctx)
+		case "history":
+			err = b.history(ctx)
 		default:
 			err = fmt.Errorf("no such case")
 		}

@@ -17,6 +17,7 @@ import (
 type sample struct {
 	wall, cpu time.Duration
 	peakRSS   int64 // bytes, of the largest process
+	written   int64 // bytes that were to go to a disk, by the kernel's count
 }
 
 // A tool is one way to do the job at hand. prepare runs before each measured
@@ -101,6 +102,7 @@ func (b *bench) measure(ctx context.Context, t tool) (sample, error) {
 	s := sample{wall: time.Since(start), cpu: cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()}
 	if ru, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
 		s.peakRSS = ru.Maxrss << 10
+		s.written = ru.Oublock << 9
 	}
 	return s, nil
 }
@@ -118,5 +120,6 @@ func median(s []sample) sample {
 		wall:    time.Duration(mid(func(s sample) int64 { return int64(s.wall) })),
 		cpu:     time.Duration(mid(func(s sample) int64 { return int64(s.cpu) })),
 		peakRSS: mid(func(s sample) int64 { return s.peakRSS }),
+		written: mid(func(s sample) int64 { return s.written }),
 	}
 }
