@@ -7,6 +7,7 @@
 //	go run ./bench -only full,restore # only these
 //	go run ./bench -runs 7 -dir /fast # more runs, another disk
 //	go run ./bench -only history      # 60 days of a disk, dropped and cleaned up, against restic and borg
+//	go run ./bench -only limits       # the repository against hash, libzstd and AES alone
 //
 // It needs restic, borg, qemu-img and zstd; what is missing is left out and
 // said so. Every time is wall time up to the end of a sync of the file system,
@@ -27,8 +28,15 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
+	if disk := os.Getenv(limitsChild); disk != "" {
+		if err := measureLimits(ctx, disk); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: limits:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	var b bench
-	only := flag.String("only", "full,restore,rescan,vm,images,history", "comma-separated, in this order: full, restore, rescan, vm, images, history")
+	only := flag.String("only", "full,restore,rescan,vm,images,history,limits", "comma-separated, in this order: full, restore, rescan, vm, images, history, limits")
 	flag.StringVar(&b.dir, "dir", filepath.Join(os.TempDir(), "backstay-bench"), "work directory; 40 GiB are needed")
 	flag.IntVar(&b.runs, "runs", 5, "runs of each tool; the median counts")
 	flag.Int64Var(&b.virtual, "virtual", 8<<30, "virtual size of the disk in bytes")
@@ -83,6 +91,8 @@ func (b *bench) run(ctx context.Context, cases []string) error {
 			err = b.images(ctx)
 		case "history":
 			err = b.history(ctx)
+		case "limits":
+			err = b.limits(ctx)
 		default:
 			err = fmt.Errorf("no such case")
 		}
