@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/cipher"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -360,8 +361,10 @@ func backUp(ctx context.Context, r *repo.Repository, name string, chunks [][]byt
 
 func benchPoint(name string, m point.ManifestID, size int64) *point.RestorePoint {
 	now := time.Now().UTC().Truncate(time.Millisecond)
+	var random [4]byte
+	rand.Read(random[:])
 	return &point.RestorePoint{
-		ID: point.NewID(now, [4]byte{}), VM: name, Time: now,
+		ID: point.NewID(now, random), VM: name, Time: now,
 		Disks: []point.Disk{{Disk: vm.Disk{ID: "vda", SizeBytes: size}, Manifest: m, Mode: point.Full}},
 	}
 }

@@ -8,6 +8,7 @@
 //	go run ./bench -runs 7 -dir /fast # more runs, another disk
 //	go run ./bench -only history      # 60 days of a disk, dropped and cleaned up, against restic and borg
 //	go run ./bench -only limits       # the repository against hash, libzstd and AES alone
+//	go run ./bench -only beside       # a backup beside a vacuum
 //
 // It needs restic, borg, qemu-img and zstd; what is missing is left out and
 // said so. Every time is wall time up to the end of a sync of the file system,
@@ -36,7 +37,7 @@ func main() {
 		return
 	}
 	var b bench
-	only := flag.String("only", "full,restore,rescan,vm,images,history,limits", "comma-separated, in this order: full, restore, rescan, vm, images, history, limits")
+	only := flag.String("only", "full,restore,rescan,vm,images,history,limits,beside", "comma-separated, in this order: full, restore, rescan, vm, images, history, limits, beside")
 	flag.StringVar(&b.dir, "dir", filepath.Join(os.TempDir(), "backstay-bench"), "work directory; 40 GiB are needed")
 	flag.IntVar(&b.runs, "runs", 5, "runs of each tool; the median counts")
 	flag.Int64Var(&b.virtual, "virtual", 8<<30, "virtual size of the disk in bytes")
@@ -93,6 +94,8 @@ func (b *bench) run(ctx context.Context, cases []string) error {
 			err = b.history(ctx)
 		case "limits":
 			err = b.limits(ctx)
+		case "beside":
+			err = b.beside(ctx)
 		default:
 			err = fmt.Errorf("no such case")
 		}
