@@ -66,6 +66,16 @@ type backup2 struct {
 	ref string
 }
 
+// stride is how far apart the calls are at which a test lets something break:
+// every one is tried, but with -short, which runs under the race detector, one
+// of seven.
+func stride() int {
+	if testing.Short() {
+		return 7
+	}
+	return 1
+}
+
 // However far a backup got before the process was killed, every restore point
 // that exists afterwards is complete, and the next backup works.
 func TestBackupSurvivesKill(t *testing.T) {
@@ -76,7 +86,7 @@ func TestBackupSurvivesKill(t *testing.T) {
 		{"the last call is lost", blobtest.CrashAfter},
 		{"the last call is done", blobtest.CrashAfterApplied},
 	} {
-		for n := 0; ; n++ {
+		for n := 0; ; n += stride() {
 			disk := mem.New()
 			w := twoPoints(t, disk)
 			st := c.crash(n, disk)
@@ -107,11 +117,7 @@ func TestBackupSurvivesPowerCut(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
-	step := 1
-	if testing.Short() {
-		step = 7
-	}
-	for n := rng.IntN(step); ; n += step {
+	for n := rng.IntN(stride()); ; n += stride() {
 		disk := filetest.New()
 		w := twoPoints(t, file.OpenFS(disk, "disk"))
 		disk.CutAfter(n)
@@ -144,7 +150,7 @@ func TestBackupSurvivesStoreErrors(t *testing.T) {
 		{"full disk", fault.ErrNoSpace},
 		{"lost reply", blobtest.ErrLostReply},
 	} {
-		for n := 0; ; n++ {
+		for n := 0; ; n += stride() {
 			disk := mem.New()
 			w := twoPoints(t, disk)
 			calls, failed := 0, false
