@@ -2,8 +2,10 @@ package repo
 
 import (
 	"bytes"
+	"maps"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -147,21 +149,45 @@ func TestAStorageThatMisbehaves(t *testing.T) {
 // asDirectory hides how a store wants to be read.
 type asDirectory struct{ blob.Store }
 
-// A restore through 50 ms of latency, read as object storage and as a
-// directory: what is far apart, as after many increments, and what is not.
-func TestRestoreThroughLatency(t *testing.T) {
-	if testing.Short() {
-		t.Skip("measures, for 20 s")
-	}
+// What a run over HTTP costs is what the repository asks of a store, request by
+// request: no upload in parts, no HEAD before a read, no LIST for a chunk. A
+// restore through 50 ms of latency, of what is far apart as after many
+// increments, has many of them under way at once.
+func TestRequestsOnTheWire(t *testing.T) {
+	realBeats(t)
 	g := s3test.Start(t)
 	bucket := g.Bucket(t)
-	direct := bucketAt(t, g.Endpoint, bucket)
-	if err := Init(bg, direct, InitOptions{Passphrase: password, KDF: cheap}); err != nil {
+	if err := Init(bg, bucketAt(t, g.Endpoint, bucket), InitOptions{Passphrase: password, KDF: cheap}); err != nil {
 		t.Fatal(err)
 	}
 	const size, part = 256 << 20, chunk.DefaultBytes
-	r := mustOpen(t, direct)
-	s, err := r.Begin(bg, SessionOptions{})
+	const gb = float64(size) / 1e9
+	var mu sync.Mutex
+	asked := map[string]int{}
+	var late atomic.Int64 // how long a request takes to get there
+	far := &farAway{Store: bucketAt(t, s3test.Proxy(t, g.Endpoint, func(r *http.Request) s3test.Fault {
+		kind := r.Method
+		switch {
+		case s3test.IsList(r):
+			kind = "LIST"
+		case strings.Contains(r.URL.Path, "/beat/"):
+			kind = "beat" // for each 5 s
+		}
+		mu.Lock()
+		asked[kind]++
+		mu.Unlock()
+		return s3test.Fault{Delay: time.Duration(late.Load())}
+	}), bucket)}
+	since := func() map[string]int {
+		mu.Lock()
+		defer mu.Unlock()
+		was := maps.Clone(asked)
+		clear(asked)
+		return was
+	}
+
+	since()
+	s, err := mustOpen(t, far).Begin(bg, SessionOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -181,38 +207,43 @@ func TestRestoreThroughLatency(t *testing.T) {
 	if err := s.Commit(bg, newPoint("web01", m, size)); err != nil {
 		t.Fatal(err)
 	}
-	var requests atomic.Int64
-	far := bucketAt(t, s3test.Proxy(t, g.Endpoint, func(r *http.Request) s3test.Fault {
-		requests.Add(1)
-		return s3test.Fault{Delay: 50 * time.Millisecond}
-	}), bucket)
-	measure := func(st blob.Store, step int64) (rate float64) {
-		r := mustOpen(t, st)
-		d, err := r.OpenDisk(bg, m)
+	const fixed = 10 // a run's own, however small it is
+	n := since()
+	t.Logf("backup of %.2f GB: %v", gb, n)
+	if float64(n["PUT"]) > 20*gb+fixed || n["LIST"] > 24 || n["HEAD"] > 8 || n["POST"] > 0 {
+		t.Error("that is more than 20 PUTs for a GB, or not by whole objects")
+	}
+
+	for _, c := range []struct {
+		step  int64         // every which chunk is read
+		delay time.Duration // of each request
+	}{{1, 0}, {4, 50 * time.Millisecond}} {
+		d, err := mustOpen(t, far).OpenDisk(bg, m)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.held(bg); err != nil {
-			t.Fatal(err)
-		}
-		requests.Store(0)
+		late.Store(int64(c.delay))
+		far.atOnce.Store(0)
 		var got atomic.Int64
 		began := time.Now()
-		err = d.Fetch(bg, extent.Extent{Len: size}, FetchOptions{Skip: func(i int64, _ chunk.ID) bool { return i%step != 0 }}, func(_ int64, data []byte) error {
+		err = d.Fetch(bg, extent.Extent{Len: size}, FetchOptions{Skip: func(i int64, _ chunk.ID) bool { return i%c.step != 0 }}, func(_ int64, data []byte) error {
 			got.Add(int64(len(data)))
 			return nil
 		})
+		late.Store(0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		rate = float64(got.Load()) / 1e6 / time.Since(began).Seconds()
-		t.Logf("%T, every %d. chunk: %.0f MB/s, %d requests", st, step, rate, requests.Load())
-		return rate
-	}
-	for _, step := range []int64{1, 4} {
-		as, old := measure(far, step), measure(asDirectory{far}, step)
-		if step > 1 && as < 3*old {
-			t.Errorf("every %d. chunk: %.0f MB/s in many requests at once, %.0f MB/s in few", step, as, old)
+		n := since()
+		t.Logf("restore of every %d. chunk, %v of latency: %.0f MB/s, %v, %d reads at once", c.step, c.delay, float64(got.Load())/1e6/time.Since(began).Seconds(), n, far.atOnce.Load())
+		if n["LIST"] > 24 || n["HEAD"] > 8 {
+			t.Error("that is a LIST or HEAD for what is read")
+		}
+		if c.step == 1 && float64(n["GET"]) > 80*gb+fixed {
+			t.Error("that is more than 80 GETs for a GB")
+		}
+		if c.step > 1 && far.atOnce.Load() < 32 {
+			t.Error("fewer than 32 reads were under way at once")
 		}
 	}
 }
