@@ -220,6 +220,7 @@ type copySummary struct {
 	Copied  int        `json:"copied"`
 	There   int        `json:"there"` // before
 	Damaged int        `json:"damaged"`
+	Gone    int        `json:"gone"` // deleted here meanwhile
 	Read    int64      `json:"read_bytes"`
 	Sent    int64      `json:"sent_bytes"`
 	Done    bool       `json:"done"`
@@ -244,6 +245,8 @@ func (s *copySummary) add(c repo.PointCopy) {
 		s.Copied++
 	case repo.CopyThere:
 		s.There++
+	case repo.CopyGone:
+		s.Gone++
 	case repo.CopyFailed:
 		s.Damaged++
 		l.Error = c.Err.Error()
@@ -263,6 +266,8 @@ func (a *app) printCopy(s copySummary, done bool) error {
 		switch p.State {
 		case repo.CopyDone:
 			fmt.Fprintf(a.stdout, "copied %s: read %s, sent %s\n", s.refs[i], sizeText(p.Read), sizeText(p.Sent))
+		case repo.CopyGone:
+			fmt.Fprintf(a.stdout, "%s was deleted meanwhile: not copied\n", s.refs[i])
 		case repo.CopyFailed:
 			fmt.Fprintf(a.stdout, "DAMAGED %s: not copied: %s\n", s.refs[i], clean(p.Error))
 		}

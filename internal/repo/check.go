@@ -95,14 +95,12 @@ func (r *Repository) look(ctx context.Context, o CheckOptions, write bool) (*che
 			return nil, err
 		}
 	}
-	h, err := r.reload(ctx, r.current())
+	c, err := r.takeStock(ctx, o)
 	if err != nil {
-		return nil, err
+		return c, err
 	}
-	c := &check{r: r, o: o, h: h, bad: map[index.Key]int{}, badPages: map[pageRef]int{}, badFiles: map[manifest.ID]int{},
-		frames: map[int]bool{}, damaged: newQuarantine(), whole: map[[32]byte]bool{}}
 	said := 0
-	for _, step := range []func(context.Context) error{nil, c.loadScrubs, c.inventory, c.scrub, c.blame} {
+	for _, step := range []func(context.Context) error{nil, c.loadScrubs, c.scrub, c.blame} {
 		if step != nil {
 			if err := step(ctx); err != nil {
 				if c.o.Scrub && write && ctx.Err() != nil {
@@ -113,9 +111,9 @@ func (r *Repository) look(ctx context.Context, o CheckOptions, write bool) (*che
 			}
 		}
 		// What was found out about the caches: by loading them, and since.
-		h.mu.RLock()
-		findings := h.findings[said:]
-		h.mu.RUnlock()
+		c.h.mu.RLock()
+		findings := c.h.findings[said:]
+		c.h.mu.RUnlock()
 		for _, f := range findings {
 			c.frames[c.find(f)] = true
 		}
@@ -129,6 +127,36 @@ func (r *Repository) look(ctx context.Context, o CheckOptions, write bool) (*che
 	slices.SortStableFunc(c.report.Findings, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(a.Object, b.Object), cmp.Compare(a.Offset, b.Offset))
 	})
+	return c, nil
+}
+
+// takeStock loads the index and takes the inventory. What seems to be missing
+// may be of a point that somebody deleted, and vacuumed away, meanwhile: so it
+// looks again until it finds nothing, or the same twice.
+func (r *Repository) takeStock(ctx context.Context, o CheckOptions) (c *check, err error) {
+	var before []string
+	for range loadTries {
+		c = &check{r: r, o: o, bad: map[index.Key]int{}, badPages: map[pageRef]int{}, badFiles: map[manifest.ID]int{},
+			frames: map[int]bool{}, damaged: newQuarantine(), whole: map[[32]byte]bool{}}
+		// Points first: what they need was stored, and indexed, before.
+		if err := c.records(ctx); err != nil {
+			return c, err
+		}
+		if c.h, err = r.reload(ctx, r.current()); err != nil {
+			return c, err
+		}
+		if err := c.inventory(ctx); err != nil {
+			return c, err
+		}
+		var found []string
+		for _, f := range c.report.Findings {
+			found = append(found, f.Object+" "+f.Err.Error())
+		}
+		if slices.Sort(found); len(found) == 0 || slices.Equal(found, before) {
+			break
+		}
+		before = found
+	}
 	return c, nil
 }
 
@@ -223,9 +251,9 @@ func (c *check) blameChunk(k index.Key, n int) {
 	}
 }
 
-// inventory looks whether everything that points need is there.
-func (c *check) inventory(ctx context.Context) error {
-	err := c.r.eachRecord(ctx, func(name string, rec *record, err error) error {
+// records lists the restore points.
+func (c *check) records(ctx context.Context) error {
+	return c.r.eachRecord(ctx, func(name string, rec *record, err error) error {
 		c.report.Points++
 		if err != nil {
 			if ctx.Err() != nil {
@@ -238,9 +266,10 @@ func (c *check) inventory(ctx context.Context) error {
 		c.recs = append(c.recs, rec)
 		return nil
 	})
-	if err != nil {
-		return err
-	}
+}
+
+// inventory looks whether everything that points need is there.
+func (c *check) inventory(ctx context.Context) error {
 	c.report.Packs = c.h.there()
 	c.used = make([]bool, len(c.h.packs))
 	c.report.Chunks = c.h.table.Len()
@@ -320,6 +349,15 @@ func (c *check) present(ctx context.Context, id chunk.ID, by string, off int64) 
 	at, p, ok, err := c.r.findIn(ctx, c.h, id)
 	if err != nil {
 		return err
+	}
+	if ok && p.state == packMissing {
+		// A backup may have stored it since packs were listed.
+		c.h.mu.RLock()
+		n, _ := c.h.number(p.id)
+		c.h.mu.RUnlock()
+		if p, err = c.r.isThere(ctx, c.h, n); err != nil {
+			return err
+		}
 	}
 	e := pack.Entry{Off: at.Off, CLen: at.CLen}
 	c.h.mu.RLock()

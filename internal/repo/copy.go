@@ -24,6 +24,7 @@ const (
 	CopyDone   = "copied"
 	CopyThere  = "there"   // before; nothing was sent
 	CopyFailed = "damaged" // in the source: it was not copied
+	CopyGone   = "gone"    // deleted in the source before its turn came
 )
 
 // A PointCopy says what became of one point.
@@ -132,6 +133,18 @@ func (c *copier) point(ctx context.Context, p *point.RestorePoint) error {
 		return nil
 	}
 	began := c.done.Load()
+	// Somebody may delete it here, and vacuum, while it is on its way.
+	switch release, err := c.from.Hold(ctx, p); {
+	case err == nil:
+		defer release()
+	case errors.Is(err, fault.ErrNotFound):
+		got.State = CopyGone
+		c.advance(p.SizeBytes())
+		c.tell(got)
+		return nil
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	}
 	err := c.attempt(ctx, p, true)
 	if d := (*destinationError)(nil); errors.As(err, &d) && errors.Is(err, fault.ErrCorrupt) {
 		// The point before is damaged there: this one does not need it.

@@ -193,20 +193,34 @@ func (s *Session) lockBeforeCommit(ctx context.Context, points []*point.RestoreP
 	if !ok || len(points) == 0 {
 		return nil
 	}
-	names := map[string]bool{configName: true}
-	for o, err := range t.List(ctx, keysPrefix) {
-		if err != nil {
+	for try := 1; ; try++ {
+		names := map[string]bool{configName: true}
+		for o, err := range t.List(ctx, keysPrefix) {
+			if err != nil {
+				return err
+			}
+			names[o.Name] = true
+		}
+		for _, name := range records {
+			names[pointPrefix+name] = true
+		}
+		err := s.r.neededBy(ctx, points, names)
+		if err == nil {
+			err = t.keepAll(ctx, names, *points[0].ImmutableUntil)
+		}
+		if !errors.Is(err, fault.ErrNotFound) || try == loadTries {
 			return err
 		}
-		names[o.Name] = true
+		// Somebody removed a key since they were listed, or a vacuum moved chunks
+		// out of a pack that nothing kept any more.
+		if _, err := s.r.reload(ctx, s.r.current()); err != nil {
+			return err
+		}
 	}
-	for _, name := range records {
-		names[pointPrefix+name] = true
-	}
-	if err := s.r.neededBy(ctx, points, names); err != nil {
-		return err
-	}
-	until := *points[0].ImmutableUntil
+}
+
+// keepAll is keep for many objects.
+func (t *retention) keepAll(ctx context.Context, names map[string]bool, until time.Time) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(32)
 	for name := range names {

@@ -39,6 +39,7 @@ const (
 type heldPack struct {
 	id      [32]byte
 	bytes   int64
+	named   uint32 // its length as an index has it, of one that was not listed
 	state   packState
 	indexed bool // some index object names it
 	fresh   bool // what is in it is in memory, or was
@@ -126,7 +127,7 @@ func (h *holdings) name(id [32]byte, bytes uint32) uint32 {
 	if !ok {
 		n = uint32(len(h.packs))
 		h.others[id] = n
-		h.packs = append(h.packs, heldPack{id: id, state: packMissing})
+		h.packs = append(h.packs, heldPack{id: id, named: bytes, state: packMissing})
 	} else if hp := &h.packs[n]; hp.state == packSound && hp.bytes < int64(bytes) {
 		hp.state = packDamaged
 	}
@@ -187,6 +188,9 @@ func (r *Repository) load(ctx context.Context) (*holdings, error) {
 	if err := r.loadIndexes(ctx, h); err != nil {
 		return nil, err
 	}
+	if err := r.lookAgain(ctx, h); err != nil {
+		return nil, err
+	}
 	if err := r.loadRuns(ctx, h); err != nil {
 		return nil, err
 	}
@@ -224,6 +228,48 @@ func (r *Repository) loadIndexes(ctx context.Context, h *holdings) error {
 		h.indexes = append(h.indexes, o)
 	}
 	return nil
+}
+
+// lookAgain looks for packs that flat index objects name and that were not
+// listed: somebody stored them between the two.
+func (r *Repository) lookAgain(ctx context.Context, h *holdings) error {
+	var late []uint32
+	for n := range h.packs {
+		if h.packs[n].state == packMissing {
+			late = append(late, uint32(n))
+		}
+	}
+	return each(ctx, adoptAtOnce, len(late), func(i int) error {
+		_, err := r.isThere(ctx, h, late[i])
+		return err
+	})
+}
+
+// isThere asks the store for a pack that was not there when packs were listed,
+// and that may have been stored since.
+func (r *Repository) isThere(ctx context.Context, h *holdings, n uint32) (heldPack, error) {
+	h.mu.RLock()
+	p := h.packs[n]
+	h.mu.RUnlock()
+	if p.state != packMissing {
+		return p, nil
+	}
+	size, err := r.st.Size(ctx, p.name())
+	if errors.Is(err, fault.ErrNotFound) {
+		return p, nil
+	}
+	if err != nil {
+		return p, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	in := &h.packs[n]
+	if in.bytes = size; size < int64(in.named) {
+		in.state = packDamaged
+	} else {
+		in.state = packSound
+	}
+	return *in, nil
 }
 
 // adopt takes in the packs that no index names: those of a writer that died,

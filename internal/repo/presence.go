@@ -277,7 +277,7 @@ func tidying(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 }
 
-// Hold keeps the disks of a restore point that exists from vacuums, also if the
+// Hold keeps what a restore point that exists needs from vacuums, also if the
 // point is deleted, until release is called. It gives fault.ErrNotFound if the
 // point is gone. A store that takes no writes can't hold anything: then the
 // error is the store's, and reading goes on at the owner's risk.
@@ -300,6 +300,10 @@ func (r *Repository) Hold(ctx context.Context, p *point.RestorePoint) (release f
 		pr.end(ctx)
 		_ = pr.withdraw(ctx)
 	})
+	if err := r.holdFiles(ctx, pr, p); err != nil {
+		release()
+		return nil, err
+	}
 	for _, m := range pr.needs {
 		if err := r.mustBeNamed(ctx, point.ManifestID(m)); err != nil {
 			release()
@@ -307,4 +311,31 @@ func (r *Repository) Hold(ctx context.Context, p *point.RestorePoint) (release f
 		}
 	}
 	return release, nil
+}
+
+// holdFiles makes pr rely on the packs of the point's small files, which no
+// manifest names. What cannot be found, reading them will say.
+func (r *Repository) holdFiles(ctx context.Context, pr *presence, p *point.RestorePoint) error {
+	if len(p.Config) == 0 {
+		return nil
+	}
+	if err := r.settle(ctx, pr); err != nil {
+		return err
+	}
+	h, err := r.held(ctx)
+	if err != nil {
+		return err
+	}
+	for _, b := range p.Config {
+		for _, id := range b.Chunks {
+			in, ok, err := r.stores(ctx, h, id)
+			if err != nil {
+				return err
+			}
+			if ok {
+				pr.rely(in)
+			}
+		}
+	}
+	return nil
 }

@@ -163,9 +163,6 @@ func (s *scrubber) manifest(ctx context.Context, o blob.Object) error {
 		return nil
 	}
 	f, err := s.r.openManifest(ctx, id)
-	if errors.Is(err, fault.ErrNotFound) {
-		return nil
-	}
 	for i := 0; err == nil && i < f.Written(); i++ {
 		if _, err = f.Needs(i); err != nil {
 			err = manifestError(id, err)
@@ -174,7 +171,7 @@ func (s *scrubber) manifest(ctx context.Context, o blob.Object) error {
 			return ctx.Err()
 		}
 	}
-	if err != nil {
+	if err != nil && !errors.Is(err, fault.ErrNotFound) { // deleted meanwhile, or else the inventory has said so
 		s.find(Finding{Object: o.Name, Offset: offsetOf(err), Err: err})
 	}
 	return nil

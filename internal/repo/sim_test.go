@@ -296,9 +296,8 @@ func (p *proc) restore(r *Repository) error {
 		return err
 	}
 	defer release()
-	// The small files of a deleted point are not held, and whoever slept for
-	// too long has lost his hold.
-	got, err := readDisk(r, x)
+	// Whoever slept for too long has lost his hold.
+	got, err := read(r, x)
 	if err != nil && p.w.isDeleted(x.ID) && p.slept {
 		return nil
 	}
