@@ -125,6 +125,10 @@ func hints(err error, cmd *cobra.Command) []string {
 		}
 	case errors.As(err, new(*repo.ImmutableError)):
 		out = append(out, "nobody shortens that; it can be deleted from then on, and prune passes over it until then")
+	case errors.As(err, new(*repo.ProtectedError)):
+		out = append(out, `"backstay point unprotect" lets it go; "backstay point delete --force" deletes it as it is`)
+	case errors.As(err, new(*repo.GoingError)):
+		out = append(out, `no delete or prune that begins from now on takes it; see with "backstay point list" whether it is still there, and if none is running any more, say "backstay point protect --force"`)
 	case errors.Is(err, context.Canceled):
 		out = append(out, "nothing half-made is left; run the same command again")
 	case errors.Is(err, fault.ErrCorrupt) && cmd != nil && cmd.CommandPath() == "backstay repo check":

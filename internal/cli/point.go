@@ -19,7 +19,8 @@ import (
 )
 
 func (a *app) pointCmd() *cobra.Command {
-	return noun("point", "list, show, delete and prune restore points", a.pointListCmd(), a.pointShowCmd(), a.pointDeleteCmd(), a.pointPruneCmd())
+	return noun("point", "list, show, protect, delete and prune restore points",
+		a.pointListCmd(), a.pointShowCmd(), a.pointProtectCmd(), a.pointUnprotectCmd(), a.pointDeleteCmd(), a.pointPruneCmd())
 }
 
 // A pointLine is a restore point as point list --json prints it.
@@ -34,6 +35,9 @@ type pointLine struct {
 	NewBytes  int64     `json:"new_bytes"`
 	Stored    int64     `json:"stored_bytes"`
 	Suspect   string    `json:"suspect,omitempty"`
+	Protected bool      `json:"protected"`
+	Why       string    `json:"protected_why,omitempty"`
+	Immutable time.Time `json:"immutable_until,omitzero"`
 }
 
 func (a *app) pointListCmd() *cobra.Command {
@@ -80,7 +84,12 @@ func (a *app) pointList(ctx context.Context, name string) error {
 	}
 	if a.json {
 		for _, p := range points {
-			if err := a.printJSON(pointLine{p.ID, p.VM, p.Time, p.Grade, p.SizeBytes(), len(p.Disks), p.Stats.ReadBytes, p.Stats.NewBytes, p.Stats.StoredBytes, p.Suspect}); err != nil {
+			l := pointLine{p.ID, p.VM, p.Time, p.Grade, p.SizeBytes(), len(p.Disks), p.Stats.ReadBytes, p.Stats.NewBytes, p.Stats.StoredBytes,
+				p.Suspect, p.Protected, p.ProtectedWhy, time.Time{}}
+			if p.ImmutableUntil != nil {
+				l.Immutable = *p.ImmutableUntil
+			}
+			if err := a.printJSON(l); err != nil {
 				return err
 			}
 		}
@@ -93,9 +102,9 @@ func (a *app) pointList(ctx context.Context, name string) error {
 	w := tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(w, "POINT\tTIME\tGRADE\tSIZE\tREAD\tNEW\tSTORED\t")
 	for _, p := range points {
-		mark := ""
+		mark := whyProtected(p)
 		if p.Suspect != "" {
-			mark = "SUSPECT"
+			mark = strings.TrimSpace("SUSPECT " + mark)
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", p.Ref(), p.Time.Local().Format("2006-01-02 15:04:05"), p.Grade,
 			sizeText(p.SizeBytes()), sizeText(p.Stats.ReadBytes), sizeText(p.Stats.NewBytes), sizeText(p.Stats.StoredBytes), mark)
@@ -165,6 +174,9 @@ func (a *app) printPoint(p *point.RestorePoint) {
 	if p.Suspect != "" {
 		fmt.Fprintf(w, "SUSPECT\t%s\n", p.Suspect)
 	}
+	if why := whyProtected(p); why != "" {
+		fmt.Fprintf(w, "stays\t%s\n", why)
+	}
 	for _, d := range p.Disks {
 		fmt.Fprintf(w, "disk %s\t%s\n", d.ID, diskText(d))
 	}
@@ -205,7 +217,7 @@ whatever order points are deleted. The space comes back with "repo vacuum".
 
 A restore point whose record is damaged has no name any more that could be read.
 With --force it is deleted by the name of its record, as "point list" and "repo
-check" show it.`,
+check" show it. So is, with --force, a point that "point protect" protects.`,
 		Example: `  backstay point delete web01/20261122T031500Z-7f3a9c01 --repo /srv/backup
   backstay point delete 01kf2q9x3v0m5c8r7t1w4y6z2a-000000 --force --repo /srv/backup`,
 		Args: cobra.MinimumNArgs(1),
@@ -248,7 +260,11 @@ check" show it.`,
 					continue
 				}
 				name, id, _ := point.ParseRef(ref)
-				if err := r.DeletePoint(ctx, name, id); err != nil {
+				drop := r.DeletePoint
+				if force {
+					drop = r.DeleteProtected
+				}
+				if err := drop(ctx, name, id); err != nil {
 					if errors.Is(err, fault.ErrNotFound) {
 						err = withHint(err, `run "backstay point list" to see which restore points there are`)
 					}
@@ -265,7 +281,7 @@ check" show it.`,
 			return nil
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "delete a damaged record by its own name")
+	cmd.Flags().BoolVar(&force, "force", false, "delete points that are protected, and a damaged record by its own name")
 	return cmd
 }
 

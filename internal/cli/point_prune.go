@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
@@ -22,6 +23,7 @@ type pruneOptions struct {
 	rule   retention.Rule
 	within string
 	dryRun bool
+	force  bool
 }
 
 func (a *app) pointPruneCmd() *cobra.Command {
@@ -34,15 +36,38 @@ and say for each point why it stays or goes. Rules add up, and each counts for
 every VM by itself.
 
 --keep-daily 7 keeps the newest point of each of the last 7 days that have one;
-days begin in this machine's time zone, weeks on Monday. --keep-within counts
-back from the VM's newest point and never from the clock. The newest sound point
-of a VM is always kept. A suspect point stands for a day only if there is no
-other. The space comes back with "repo vacuum".`,
+days begin in this machine's time zone, weeks on Monday. --within counts back
+from the VM's newest point and never from the clock. A suspect point stands for a
+day only if there is no other. The space comes back with "repo vacuum".
+
+Points that "point protect" protects stay, and those that the repository promised
+to keep. The newest sound point of a VM is always kept: with --force, a rule that
+keeps nothing (--keep-last 0) drops it too, of VMs that are named.`,
 		Example: `  backstay point prune --keep-daily 7 --keep-weekly 4 --keep-monthly 12 --dry-run --repo /srv/backup
-  backstay point prune web01 --keep-within 14d --keep-yearly 5 --repo /srv/backup`,
-		RunE: func(cmd *cobra.Command, args []string) error { return a.prunePoints(cmd.Context(), o, args) },
+  backstay point prune web01 --within 14d --keep-yearly 5 --repo /srv/backup
+  backstay point prune old01 --keep-last 0 --force --repo /srv/backup`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			said := false
+			cmd.Flags().Visit(func(f *pflag.Flag) {
+				said = said || f.Name == "within" || strings.HasPrefix(f.Name, "keep-")
+			})
+			switch {
+			case !o.force || !said: // prunePoints refuses what says nothing
+			case len(args) == 0:
+				return usage("--force may leave a VM without any point: name the VMs that it is for")
+			default:
+				o.rule.MayEmpty = true
+			}
+			return a.prunePoints(cmd.Context(), o, args)
+		},
 	}
 	f := cmd.Flags()
+	f.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		if name == "keep-within" { // by its family name, too
+			name = "within"
+		}
+		return pflag.NormalizedName(name)
+	})
 	f.IntVar(&o.rule.Last, "keep-last", 0, "keep this many of the newest points")
 	for _, p := range []struct {
 		n      *int
@@ -54,7 +79,8 @@ other. The space comes back with "repo vacuum".`,
 		}
 		f.IntVar(p.n, "keep-"+name, 0, "keep the newest point of this many "+p.period+"s")
 	}
-	f.StringVar(&o.within, "keep-within", "", "keep all that is no older than this before the newest point: 14d, 2w, 36h, 1y6m")
+	f.StringVar(&o.within, "within", "", "keep all that is no older than this before the newest point: 14d, 2w, 36h, 1y6m")
+	f.BoolVar(&o.force, "force", false, "let the last point of the named VMs go, too, if the rule keeps nothing")
 	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "say what would be done, and do nothing")
 	return cmd
 }
@@ -73,13 +99,13 @@ func (a *app) prunePoints(ctx context.Context, o pruneOptions, names []string) e
 	if o.within != "" {
 		var err error
 		if o.rule.Within, err = retention.ParseAge(o.within); err != nil {
-			return usage("--keep-within: %w", err)
+			return usage("--within: %w", err)
 		}
 	}
 	o.rule.Zone = time.Local
 	if _, err := retention.Decide(nil, o.rule); err != nil {
 		if errors.Is(err, retention.ErrNoRule) {
-			return usage("no rule: say at least one of --keep-last, --keep-hourly, --keep-daily, --keep-weekly, --keep-monthly, --keep-yearly, --keep-within")
+			return usage("no rule: say at least one of --keep-last, --keep-hourly, --keep-daily, --keep-weekly, --keep-monthly, --keep-yearly, --within")
 		}
 		return usageError{err}
 	}
@@ -96,7 +122,7 @@ func (a *app) prunePoints(ctx context.Context, o pruneOptions, names []string) e
 	byVM := map[string][]retention.Point{}
 	for _, p := range points {
 		byVM[p.VM] = append(byVM[p.VM], retention.Point{ID: string(p.ID), Time: p.Time, Suspect: p.Suspect != "",
-			Protected: p.ImmutableUntil != nil && p.ImmutableUntil.After(time.Now())})
+			Protected: whyProtected(p)})
 	}
 	var vms []string
 	for name := range byVM {
@@ -140,8 +166,11 @@ func (a *app) prunePoints(ctx context.Context, o pruneOptions, names []string) e
 		if o.dryRun {
 			continue
 		}
-		if err := r.DeletePoint(ctx, l.VM, l.ID); errors.As(err, new(*repo.ImmutableError)) {
-			a.say("not yet: %v", err) // the storage keeps it a little longer than was promised
+		if err := r.DeletePoint(ctx, l.VM, l.ID); errors.As(err, new(*repo.ImmutableError)) || errors.As(err, new(*repo.ProtectedError)) {
+			// The storage keeps it a little longer than was promised, or
+			// somebody protected it meanwhile.
+			a.say("it stays: %v", err)
+			l.Keep, l.Reasons = true, []string{err.Error()}
 			gone--
 			kept++
 			continue
@@ -168,6 +197,19 @@ func (a *app) prunePoints(ctx context.Context, o pruneOptions, names []string) e
 		}
 	}
 	return nil
+}
+
+// whyProtected says why p stays whatever a keep rule says; empty if it need not.
+func whyProtected(p *point.RestorePoint) string {
+	switch {
+	case p.Protected && p.ProtectedWhy != "":
+		return "protected: " + p.ProtectedWhy
+	case p.Protected:
+		return "protected"
+	case p.ImmutableUntil != nil && p.ImmutableUntil.After(time.Now()):
+		return "immutable until " + p.ImmutableUntil.Local().Format("2006-01-02 15:04:05")
+	}
+	return ""
 }
 
 func (a *app) printPrune(lines []pruneLine) {

@@ -45,6 +45,11 @@ type RestorePoint struct {
 	// and this point may rest on it; empty otherwise. It is kept beside the
 	// record, which is never rewritten.
 	Suspect string `json:"suspect,omitempty"`
+	// Protected is set while somebody wants the point kept whatever a keep rule
+	// says, and ProtectedWhy is his reason, if he gave one. Both are kept beside
+	// the record, too.
+	Protected    bool   `json:"protected,omitempty"`
+	ProtectedWhy string `json:"protected_why,omitempty"`
 }
 
 // A Blob is a small file kept in chunks.

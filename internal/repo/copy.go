@@ -49,6 +49,11 @@ func (r *Repository) Replicate(ctx context.Context, st blob.Store) error {
 	if err != nil {
 		return err
 	}
+	// The replica makes the promises that r makes: as in Init, no storage is
+	// taken that could keep them and was not made for it.
+	if st, err = retain(ctx, st, r.ImmutableFor()); err != nil {
+		return err
+	}
 	keys := 0
 	for o, err := range r.st.List(ctx, keysPrefix) {
 		if err != nil {
@@ -74,7 +79,8 @@ func (r *Repository) Replicate(ctx context.Context, st blob.Store) error {
 }
 
 // CopyPoints makes restore points of r exist in to as well, as they are: name,
-// time, grade and suspicion. Those that exist there are left alone, and nothing
+// time, grade, suspicion and protection; but until when r promised to keep them
+// is no promise of to, which makes its own. Those that exist there are left alone, and nothing
 // is ever deleted there. Every chunk is verified by its id on the way, and each
 // point is committed by itself, so an interrupted copy goes on where it was. A
 // point whose data are damaged in r is told and left out; any other trouble
@@ -126,7 +132,7 @@ func (r *Repository) CopyPoints(ctx context.Context, to *Repository, o CopyOptio
 func (c *copier) point(ctx context.Context, p *point.RestorePoint) error {
 	got := PointCopy{Point: p, State: CopyThere}
 	if have := c.there[p.Ref()]; have != nil {
-		if err := c.suspect(ctx, p, have.Suspect); err != nil {
+		if err := c.notes(ctx, p, have); err != nil {
 			return err
 		}
 		c.tell(got)
@@ -174,12 +180,17 @@ func (c *copier) tell(got PointCopy) {
 	}
 }
 
-// suspect brings the note beside p over; a note that is there stays.
-func (c *copier) suspect(ctx context.Context, p *point.RestorePoint, have string) error {
-	if p.Suspect == "" || have != "" {
-		return nil
+// notes brings the notes beside p over; those that have has stay.
+func (c *copier) notes(ctx context.Context, p, have *point.RestorePoint) error {
+	if p.Suspect != "" && have.Suspect == "" {
+		if err := c.to.MarkSuspect(ctx, p.VM, p.ID, p.Suspect); err != nil {
+			return atDestination(err)
+		}
 	}
-	return atDestination(c.to.MarkSuspect(ctx, p.VM, p.ID, p.Suspect))
+	if p.Protected && !have.Protected {
+		return atDestination(c.to.Protect(ctx, p.VM, p.ID, ProtectOptions{Why: p.ProtectedWhy}))
+	}
+	return nil
 }
 
 // attempt copies p in a session of its own.
@@ -190,6 +201,10 @@ func (c *copier) attempt(ctx context.Context, p *point.RestorePoint, build bool)
 	}
 	defer s.Abort(ctx)
 	fresh := *p
+	// Until when the source keeps its point says nothing of this one: what the
+	// destination promises is written at the commit.
+	fresh.ImmutableUntil = nil
+	fresh.Suspect, fresh.Protected, fresh.ProtectedWhy = "", false, ""
 	fresh.Disks = slices.Clone(p.Disks)
 	for i := range p.Disks {
 		var before *point.Disk
@@ -218,7 +233,7 @@ func (c *copier) attempt(ctx context.Context, p *point.RestorePoint, build bool)
 	}
 	c.there[p.Ref()] = &fresh
 	c.both = append(c.both, p)
-	return c.suspect(ctx, p, "")
+	return c.notes(ctx, p, &fresh)
 }
 
 // before finds the disk of the newest point before p that is in both places, or

@@ -49,7 +49,7 @@ func (r *Repository) encodeRecord(name string, p *point.RestorePoint) ([]byte, e
 	slices.Sort(c.Records)
 	c.Manifests, c.Records = slices.Compact(c.Manifests), slices.Compact(c.Records)
 	plain := *p
-	plain.Suspect = "" // kept beside the record
+	plain.Suspect, plain.Protected, plain.ProtectedWhy = "", false, "" // kept beside the record
 	secret, err := json.Marshal(&plain)
 	if err != nil {
 		return nil, err
@@ -169,26 +169,37 @@ func (r *Repository) eachRecord(ctx context.Context, fn func(name string, rec *r
 // suspects reads the notes of all points that have one. A note that cannot be
 // read still makes its point suspect.
 func (r *Repository) suspects(ctx context.Context) (map[string]string, error) {
+	return r.notes(ctx, suspectPrefix)
+}
+
+// notes reads the notes that stand beside records under prefix, by record.
+func (r *Repository) notes(ctx context.Context, prefix string) (map[string]string, error) {
 	why := map[string]string{}
-	for o, err := range r.st.List(ctx, suspectPrefix) {
+	for o, err := range r.st.List(ctx, prefix) {
 		if err != nil {
 			return nil, err
 		}
-		name := strings.TrimPrefix(o.Name, suspectPrefix)
-		b, err := readObject(ctx, r.st, o.Name)
+		name := strings.TrimPrefix(o.Name, prefix)
+		text, err := r.readNote(ctx, o.Name)
 		if errors.Is(err, fault.ErrNotFound) {
 			continue
 		}
-		var secret []byte
-		if err == nil {
-			var c struct{}
-			secret, err = object.DecodeSealed(o.Name, b, &r.keys.Meta, object.Binding{Repo: r.id, Name: o.Name}, &c)
-		}
-		if why[name] = string(secret); err != nil {
+		if why[name] = text; err != nil {
 			why[name] = "there is a note that cannot be read: " + err.Error()
 		}
 	}
 	return why, nil
+}
+
+// readNote gives the sentence that a note beside a record holds.
+func (r *Repository) readNote(ctx context.Context, name string) (string, error) {
+	b, err := readObject(ctx, r.st, name)
+	if err != nil {
+		return "", err
+	}
+	var c struct{}
+	secret, err := object.DecodeSealed(name, b, &r.keys.Meta, object.Binding{Repo: r.id, Name: name}, &c)
+	return string(secret), err
 }
 
 // Points gives all restore points, sorted by VM and then by time. If records
@@ -202,10 +213,15 @@ func (r *Repository) Points(ctx context.Context) ([]*point.RestorePoint, error) 
 	if err != nil {
 		return nil, err
 	}
+	protected, err := r.protections(ctx)
+	if err != nil {
+		return nil, err
+	}
 	points := make([]*point.RestorePoint, len(recs))
 	for i, rec := range recs {
 		p := *rec.point
 		p.Suspect = why[rec.name]
+		p.ProtectedWhy, p.Protected = protected[rec.name]
 		points[i] = &p
 	}
 	slices.SortFunc(points, func(a, b *point.RestorePoint) int {
@@ -256,8 +272,19 @@ func (r *Repository) record(ctx context.Context, vm string, id point.ID) (*recor
 	return nil, noPoint(vm, id)
 }
 
-// DeletePoint makes a restore point cease to exist. Vacuum frees its chunks.
+// DeletePoint makes a restore point cease to exist. Vacuum frees its chunks. One
+// that is protected gives a ProtectedError, and one that was promised to stay an
+// ImmutableError.
 func (r *Repository) DeletePoint(ctx context.Context, vm string, id point.ID) error {
+	return r.deletePoint(ctx, vm, id, false)
+}
+
+// DeleteProtected is DeletePoint for a point that is protected, too.
+func (r *Repository) DeleteProtected(ctx context.Context, vm string, id point.ID) error {
+	return r.deletePoint(ctx, vm, id, true)
+}
+
+func (r *Repository) deletePoint(ctx context.Context, vm string, id point.ID, force bool) error {
 	rec, err := r.record(ctx, vm, id)
 	if err != nil {
 		return err
@@ -265,10 +292,7 @@ func (r *Repository) DeletePoint(ctx context.Context, vm string, id point.ID) er
 	if err := r.mayDelete(ctx, rec.point.Ref(), rec.name, rec.point); err != nil {
 		return err
 	}
-	if err := r.st.Delete(ctx, pointPrefix+rec.name); err != nil {
-		return err
-	}
-	return r.st.Delete(ctx, suspectPrefix+rec.name)
+	return r.takeAway(ctx, rec.point.Ref(), rec.name, force)
 }
 
 // MarkSuspect notes beside a restore point why it may be wrong.

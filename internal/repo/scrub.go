@@ -139,7 +139,7 @@ func (s *scrubber) object(ctx context.Context, o blob.Object) error {
 
 // ours says whether name is that of a small object of a repository.
 func ours(name string) bool {
-	for _, p := range []string{keysPrefix, pointPrefix, sessionPrefix, beatPrefix, outcomePrefix, suspectPrefix, vacuumPrefix, epochPrefix, quarantinePrefix} {
+	for _, p := range []string{keysPrefix, pointPrefix, sessionPrefix, beatPrefix, outcomePrefix, suspectPrefix, protectPrefix, goingPrefix, vacuumPrefix, epochPrefix, quarantinePrefix} {
 		if strings.HasPrefix(name, p) {
 			return true
 		}

@@ -44,7 +44,8 @@ func IsRecordName(name string) bool { return parsePointName(strings.TrimPrefix(n
 
 // DeleteRecord makes a restore point cease to exist whose record is damaged. It
 // needs no keys. One that can be read, or whose trouble is another than damage,
-// is left alone: DeletePoint is for the first, and the second may pass.
+// is left alone: DeletePoint is for the first, and the second may pass. That it
+// is protected does not hold it.
 func (r *Repository) DeleteRecord(ctx context.Context, name string) error {
 	name = strings.TrimPrefix(name, pointPrefix)
 	found := false
@@ -68,10 +69,7 @@ func (r *Repository) DeleteRecord(ctx context.Context, name string) error {
 	if err := r.mayDelete(ctx, "restore point record "+name, name, nil); err != nil {
 		return err
 	}
-	if err := r.st.Delete(ctx, pointPrefix+name); err != nil {
-		return err
-	}
-	if err := r.st.Delete(ctx, suspectPrefix+name); err != nil {
+	if err := r.takeAway(ctx, "restore point record "+name, name, true); err != nil {
 		return err
 	}
 	session, _, _ := strings.Cut(name, "-")

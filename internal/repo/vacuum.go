@@ -458,7 +458,7 @@ func (v *vacuum) planOutcomes(ctx context.Context, noPoint func(string) (bool, e
 			v.plan = append(v.plan, outcomePrefix+id)
 		}
 	}
-	return v.unneeded(ctx, suspectPrefix, func(name string) (bool, error) {
+	gone := func(name string) (bool, error) {
 		if !parsePointName(name) || records[name] {
 			return false, nil
 		}
@@ -467,6 +467,18 @@ func (v *vacuum) planOutcomes(ctx context.Context, noPoint func(string) (bool, e
 			return true, nil
 		}
 		return noPoint(name)
+	}
+	for _, prefix := range []string{suspectPrefix, protectPrefix} {
+		if err := v.unneeded(ctx, prefix, gone); err != nil {
+			return err
+		}
+	}
+	return v.unneeded(ctx, goingPrefix, func(rest string) (bool, error) {
+		name, ok := recordOfMark(rest)
+		if !ok {
+			return false, nil
+		}
+		return gone(name)
 	})
 }
 

@@ -83,6 +83,12 @@ var rules = []rule{
 	{"beat/", own, false, small},
 	{"outcome/", createBound, true, small},
 	{"suspect/", create, false, small},
+	// To protect a point takes nothing away from anybody who backs up; to take
+	// the protection away, and to begin to delete a point, is the admin's.
+	{"protect/", create, false, small},
+	{"going/", none, false, small},
+	// No promise rests on when packs were read.
+	{"scrub/", create, false, small},
 	// A note that calls a good pack damaged makes vacuum drop it where another
 	// copy seems to be, so these are not for everybody.
 	{"quarantine/", none, false, small},

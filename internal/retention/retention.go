@@ -28,6 +28,9 @@ type Rule struct {
 	Within  Age // everything that is no older than this before the newest point
 	// Zone says where days begin; nil is UTC.
 	Zone *time.Location
+	// MayEmpty lets even the newest point of the VM go where the rule keeps
+	// nothing.
+	MayEmpty bool
 }
 
 // A Point is what a decision needs to know of a restore point.
@@ -37,8 +40,9 @@ type Point struct {
 	// Suspect points may rest on change tracking that lied. Where a period has
 	// another point, that one represents it.
 	Suspect bool
-	// Protected points are kept whatever the rule says.
-	Protected bool
+	// Protected is why the point is kept whatever the rule says; empty if it is
+	// not.
+	Protected string
 }
 
 // A Decision says what becomes of a point, and why.
@@ -53,7 +57,8 @@ var ErrNoRule = errors.New("the rule keeps nothing: say how many points to keep"
 
 // Decide applies rule to the points of one VM and returns a decision for each,
 // newest first. Points of one time go by ID. The newest sound point is always
-// kept, since a VM with points shall not end without one.
+// kept, since a VM with points shall not end without one, unless the rule says
+// that it may.
 func Decide(points []Point, rule Rule) ([]Decision, error) {
 	if err := rule.check(); err != nil {
 		return nil, err
@@ -72,8 +77,8 @@ func Decide(points []Point, rule Rule) ([]Decision, error) {
 		return all, nil
 	}
 	for i := range all {
-		if all[i].Protected {
-			all[i].keep("protected")
+		if why := all[i].Protected; why != "" {
+			all[i].keep(why)
 		}
 	}
 	rule.keepLast(all)
@@ -96,7 +101,7 @@ func Decide(points []Point, rule Rule) ([]Decision, error) {
 	if newest < 0 {
 		newest = 0
 	}
-	if !all[newest].Keep {
+	if !all[newest].Keep && !(rule.MayEmpty && rule.keepsNothing()) {
 		all[newest].keep("the newest sound point of its VM")
 	}
 	for i := range all {
@@ -113,17 +118,23 @@ func (d *Decision) keep(reason string) {
 }
 
 func (r Rule) check() error {
-	var any bool
-	for _, n := range []int{r.Last, r.Hourly, r.Daily, r.Weekly, r.Monthly, r.Yearly} {
+	for _, n := range r.counts() {
 		if n < 0 {
 			return fmt.Errorf("%d points: want 0 or more", n)
 		}
-		any = any || n > 0
 	}
-	if !any && r.Within == (Age{}) {
+	if r.keepsNothing() && !r.MayEmpty {
 		return ErrNoRule
 	}
 	return nil
+}
+
+func (r Rule) counts() []int {
+	return []int{r.Last, r.Hourly, r.Daily, r.Weekly, r.Monthly, r.Yearly}
+}
+
+func (r Rule) keepsNothing() bool {
+	return !slices.ContainsFunc(r.counts(), func(n int) bool { return n > 0 }) && r.Within == (Age{})
 }
 
 // keepLast keeps the newest sound points, and suspect ones only if the sound

@@ -49,7 +49,7 @@ func TestDecide(t *testing.T) {
 	suspect := at("2026-11-20 10:00", "2026-11-20 12:00", "2026-11-21 12:00")
 	suspect[1].Suspect, suspect[2].Suspect = true, true
 	protected := at("2020-01-01 00:00", "2026-11-20 12:00")
-	protected[0].Protected = true
+	protected[0].Protected = "protected: audit"
 	for _, c := range []struct {
 		name   string
 		points []Point
@@ -121,11 +121,13 @@ func drawPoints(t *rapid.T) []Point {
 	var points []Point
 	for i, h := range hours {
 		points = append(points, Point{
-			ID:        fmt.Sprintf("%04d", i),
-			Time:      day("2025-11-20 00:00").Add(time.Duration(h) * time.Hour),
-			Suspect:   rapid.IntRange(0, 9).Draw(t, "suspect") == 0,
-			Protected: rapid.IntRange(0, 19).Draw(t, "protected") == 0,
+			ID:      fmt.Sprintf("%04d", i),
+			Time:    day("2025-11-20 00:00").Add(time.Duration(h) * time.Hour),
+			Suspect: rapid.IntRange(0, 9).Draw(t, "suspect") == 0,
 		})
+		if rapid.IntRange(0, 19).Draw(t, "protected") == 0 {
+			points[i].Protected = "protected"
+		}
 	}
 	return points
 }
@@ -183,12 +185,50 @@ func TestProperties(t *testing.T) {
 			}
 		}
 	}))
+	t.Run("to protect a point changes nothing for others", rapid.MakeCheck(func(t *rapid.T) {
+		points, rule := drawPoints(t), drawRule(t)
+		if len(points) == 0 {
+			return
+		}
+		before := keeps(t, points, rule)
+		p := &points[rapid.IntRange(0, len(points)-1).Draw(t, "which")]
+		p.Protected = "protected"
+		after := keeps(t, points, rule)
+		before[p.ID] = true
+		if fmt.Sprint(before) != fmt.Sprint(after) {
+			t.Fatalf("%v became %v when %s was protected", before, after, p.ID)
+		}
+	}))
+	t.Run("a VM is emptied only by a rule that says so and keeps nothing", rapid.MakeCheck(func(t *rapid.T) {
+		points, rule := drawPoints(t), drawRule(t)
+		want := keeps(t, points, rule)
+		rule.MayEmpty = true
+		if got := keeps(t, points, rule); fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Fatalf("%v became %v though the rule keeps something", want, got)
+		}
+		for id := range keeps(t, points, Rule{MayEmpty: true}) {
+			if i := slices.IndexFunc(points, func(p Point) bool { return p.ID == id }); points[i].Protected == "" {
+				t.Fatalf("%s stays and is not protected", id)
+			}
+		}
+	}))
+	t.Run("each point that stays has a reason, and that of a protected one comes first", rapid.MakeCheck(func(t *rapid.T) {
+		all, err := Decide(drawPoints(t), drawRule(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range all {
+			if len(d.Reasons) == 0 || d.Protected != "" && (!d.Keep || d.Reasons[0] != d.Protected) {
+				t.Fatalf("%+v", d)
+			}
+		}
+	}))
 	t.Run("a sound point always stays, and protected ones do", rapid.MakeCheck(func(t *rapid.T) {
 		points, rule := drawPoints(t), drawRule(t)
 		ids := keeps(t, points, rule)
 		sound, soundKept := 0, 0
 		for _, p := range points {
-			if p.Protected && !ids[p.ID] {
+			if p.Protected != "" && !ids[p.ID] {
 				t.Fatalf("%s is protected and goes", p.ID)
 			}
 			if !p.Suspect {
