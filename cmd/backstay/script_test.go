@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"go/build"
+	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -84,6 +86,31 @@ func TestScripts(t *testing.T) {
 				ts.Check(err)
 				_, err = f.WriteAt([]byte(args[2]), off)
 				ts.Check(err)
+			},
+			// noise FILE BYTES: makes a file that neither shrinks nor has two equal parts.
+			"noise": func(ts *testscript.TestScript, neg bool, args []string) {
+				n, err := strconv.ParseInt(args[1], 10, 64)
+				ts.Check(err)
+				f, err := os.Create(ts.MkAbs(args[0]))
+				ts.Check(err)
+				defer f.Close()
+				_, err = io.CopyN(f, rand.NewChaCha8([32]byte{}), n)
+				ts.Check(err)
+			},
+			// until N GLOB: waits until GLOB names at least N files.
+			"until": func(ts *testscript.TestScript, neg bool, args []string) {
+				n, err := strconv.Atoi(args[0])
+				ts.Check(err)
+				for began := time.Now(); ; time.Sleep(2 * time.Millisecond) {
+					found, err := filepath.Glob(ts.MkAbs(args[1]))
+					ts.Check(err)
+					if len(found) >= n {
+						return
+					}
+					if time.Since(began) > 5*time.Minute {
+						ts.Fatalf("%s names %d files", args[1], len(found))
+					}
+				}
 			},
 			// flip GLOB OFFSET: turns one bit of the one file that GLOB names; a
 			// negative offset counts from its end.
