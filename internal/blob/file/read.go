@@ -1,14 +1,12 @@
 package file
 
 import (
-	"container/list"
 	"context"
 	"fmt"
 	"io"
 	"iter"
 	"slices"
 	"strings"
-	"sync"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
@@ -160,108 +158,4 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 		return fmt.Errorf("%s: %w", name, classify(err))
 	}
 	return nil
-}
-
-// handles keeps the files open that were read last, since a restore reads each
-// pack many times. It is safe for concurrent use.
-type handles struct {
-	fs FS
-
-	mu     sync.Mutex
-	byName map[string]*handle
-	lru    list.List // of *handle, the last used in front
-}
-
-const maxHandles = 64
-
-type handle struct {
-	f       File
-	name    string
-	users   int
-	dropped bool
-	elem    *list.Element
-}
-
-// get opens name, or finds it open. The caller ends its use with put.
-func (hs *handles) get(name string) (*handle, error) {
-	if !handlesMayStay {
-		f, err := hs.fs.Open(name)
-		return &handle{f: f, dropped: true, users: 1}, err
-	}
-	hs.mu.Lock()
-	h := hs.byName[name]
-	if h != nil {
-		h.users++
-		hs.lru.MoveToFront(h.elem)
-	}
-	hs.mu.Unlock()
-	if h != nil {
-		if !h.f.Gone() {
-			return h, nil
-		}
-		hs.mu.Lock()
-		hs.forget(h)
-		hs.mu.Unlock()
-		hs.put(h)
-	}
-	f, err := hs.fs.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	h = &handle{f: f, name: name, users: 1}
-	hs.mu.Lock()
-	defer hs.mu.Unlock()
-	if hs.byName == nil {
-		hs.byName = map[string]*handle{}
-	}
-	if hs.byName[name] != nil { // somebody was faster; ours serves this one read
-		h.dropped = true
-		return h, nil
-	}
-	hs.byName[name] = h
-	h.elem = hs.lru.PushFront(h)
-	if hs.lru.Len() > maxHandles {
-		hs.forget(hs.lru.Back().Value.(*handle))
-	}
-	return h, nil
-}
-
-func (hs *handles) put(h *handle) {
-	hs.mu.Lock()
-	defer hs.mu.Unlock()
-	h.users--
-	if h.dropped && h.users == 0 {
-		h.f.Close()
-	}
-}
-
-// forget takes h out of the cache and closes it when its last reader is done.
-// The caller holds mu.
-func (hs *handles) forget(h *handle) {
-	if h.dropped {
-		return
-	}
-	h.dropped = true
-	delete(hs.byName, h.name)
-	hs.lru.Remove(h.elem)
-	if h.users == 0 {
-		h.f.Close()
-	}
-}
-
-// drop makes the next get open name anew.
-func (hs *handles) drop(name string) {
-	hs.mu.Lock()
-	defer hs.mu.Unlock()
-	if h := hs.byName[name]; h != nil {
-		hs.forget(h)
-	}
-}
-
-func (hs *handles) closeAll() {
-	hs.mu.Lock()
-	defer hs.mu.Unlock()
-	for _, h := range hs.byName {
-		hs.forget(h)
-	}
 }
