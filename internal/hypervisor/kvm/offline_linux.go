@@ -192,7 +192,8 @@ type nbdServer struct {
 
 func startNBD(ctx context.Context, socket string, args []string) (*nbdServer, error) {
 	var trouble bytes.Buffer
-	p := &nbdServer{exec.Command("qemu-nbd", args...), make(chan struct{})}
+	ready := socket + ".pid" // is written when it listens, which is after its socket has a name
+	p := &nbdServer{exec.Command("qemu-nbd", append([]string{"--pid-file=" + ready}, args...)...), make(chan struct{})}
 	p.cmd.Stderr = &trouble
 	if err := p.cmd.Start(); err != nil {
 		if errors.Is(err, exec.ErrNotFound) {
@@ -207,8 +208,8 @@ func startNBD(ctx context.Context, socket string, args []string) (*nbdServer, er
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for deadline := time.Now().Add(callTimeout); ; {
-		if _, err := os.Stat(socket); err == nil {
-			return p, nil // it listens: the name appears with bind, and dialling waits for listen
+		if _, err := os.Stat(ready); err == nil {
+			return p, nil
 		}
 		select {
 		case <-p.done:
