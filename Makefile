@@ -39,6 +39,7 @@ fuzz: need-go ## every parser for FUZZTIME, 60s by default
 
 soak: need-go ## the tests of what may go wrong seldom, SOAK times over
 	@scripts/need test
+	BACKSTAY_SOAK=1 BACKSTAY_SEEDS=10000 $(GO) test -count=1 -v -timeout 12h -run '^(TestSimulation|TestKilledAtAnyMoment|TestEveryOperationBesideEveryOther|TestEveryCallFails)$$' ./internal/repo
 	BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=$(or $(SOAK),10) -timeout 12h -race $$(cat .ci/race)
 
 need-go:

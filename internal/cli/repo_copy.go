@@ -220,10 +220,10 @@ type copySummary struct {
 	Copied  int        `json:"copied"`
 	There   int        `json:"there"` // before
 	Damaged int        `json:"damaged"`
-	Gone    int        `json:"gone"` // deleted here meanwhile
 	Read    int64      `json:"read_bytes"`
 	Sent    int64      `json:"sent_bytes"`
 	Done    bool       `json:"done"`
+	Gone    int        `json:"gone"` // deleted here meanwhile
 	Points  []copyLine `json:"points"`
 
 	refs []string

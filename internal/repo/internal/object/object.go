@@ -149,7 +149,7 @@ func DecodeSealed(name string, b []byte, key *seal.Key, bind Binding, v any) (se
 	}
 	secret, err = key.Open(nil, s, bind.aad(front[:i]))
 	if err != nil {
-		return nil, &fault.CorruptError{Object: name, Offset: int64(i), Err: fmt.Errorf("its sealed part %w", err)}
+		return nil, &fault.CorruptError{Object: name, Offset: int64(i), Err: fmt.Errorf("its sealed part %w: it is of another repository, or was altered", err)}
 	}
 	return secret, nil
 }
