@@ -41,6 +41,10 @@ repository's directory. The time is the server's own: it counts while the server
 runs, and setting the machine's clock does not move it. It stays in force when
 the server is started without the flag.
 
+--quota 500G bounds what backup clients may store in each repository. A backup
+that would need more fails, and no restore point of it exists; an admin's token,
+and the server itself, may still prune and vacuum. It is said at each start.
+
 The server makes its key when it first starts. Every token holds the key's
 fingerprint, so clients talk to this server alone. What is refused is written
 to stderr, one line for each request. SIGTERM lets requests under way end.`,
@@ -63,6 +67,7 @@ to stderr, one line for each request. SIGTERM lets requests under way end.`,
 	cmd.PersistentFlags().StringVar(&o.Dir, "dir", "", "directory that holds the repositories")
 	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:"+remote.DefaultPort, "address to listen on; :9443 for all of this machine's")
 	cmd.Flags().StringVar(&immutable, "immutable-for", "", "how long nobody may delete or overwrite anything, such as 14d")
+	cmd.Flags().Var((*sizeFlag)(&o.Quota), "quota", "how much backup clients may store in each repository, such as 500G; 0 for no bound")
 	cmd.Flags().BoolVar(&o.Shorten, "shorten", false, "accept a shorter --immutable-for than was in force")
 	cmd.AddCommand(noun("token", "who may use a repository server, and for what",
 		a.tokenAddCmd(&o.Dir), a.tokenListCmd(&o.Dir), a.tokenRemoveCmd(&o.Dir)))

@@ -37,6 +37,9 @@ type Options struct {
 	// ShorterError, unless Shorten is set.
 	ImmutableFor time.Duration
 	Shorten      bool
+	// Quota is how many bytes backup clients may store in each repository, 0 for
+	// no bound. It holds for as long as this server runs.
+	Quota int64
 	// Log hears of what was refused, and of what went wrong.
 	Log *slog.Logger
 	// Grace is how long requests under way may take to end when the server is
@@ -72,6 +75,7 @@ type Server struct {
 	limit   limits
 	release func()
 	noise   quiet
+	quota   quotas
 
 	mu    sync.Mutex
 	repos map[string]*file.Store
@@ -86,7 +90,7 @@ func Open(ctx context.Context, o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{dir: dir, log: o.Log, grace: o.Grace, limit: o.limit, repos: map[string]*file.Store{}, busy: map[string]int{}}
+	s := &Server{dir: dir, log: o.Log, grace: o.Grace, limit: o.limit, repos: map[string]*file.Store{}, busy: map[string]int{}, quota: quotas{max: o.Quota}}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

@@ -71,6 +71,15 @@ func (x *exchange) put() error {
 	if size == 0 && !body.sound() {
 		return refuse(http.StatusUnprocessableEntity, "%v", errHash)
 	}
+	// Only what backup clients store is bounded: an admin's vacuum needs room to
+	// make room.
+	was, err := x.s.quota.sizeOf(x.r.Context(), x.store, x.to.Name)
+	if err != nil {
+		return err
+	}
+	if err := x.s.quota.take(x.r.Context(), x.to.Repo, x.store, size, x.grant.Role != Admin); err != nil {
+		return err
+	}
 	// The object is stored or not, also if the client goes away meanwhile.
 	ctx := context.WithoutCancel(x.r.Context())
 	status := http.StatusCreated
@@ -86,6 +95,10 @@ func (x *exchange) put() error {
 		}
 	} else {
 		err = x.store.Put(ctx, x.to.Name, body, size)
+	}
+	stored := err == nil && status == http.StatusCreated
+	if x.s.quota.came(x.to.Repo, size, stored); stored {
+		x.s.quota.gone(x.to.Repo, was)
 	}
 	switch {
 	case body.broken != nil:
@@ -156,6 +169,10 @@ func (x *exchange) mayPut(rule rule, sum [32]byte) (mayReplace bool, err error) 
 func (x *exchange) delete() error {
 	rule := ruleFor(x.to.Name)
 	ctx := x.r.Context()
+	was, err := x.s.quota.sizeOf(ctx, x.store, x.to.Name)
+	if err != nil {
+		return err
+	}
 	switch {
 	case x.grant.Role == Admin:
 		_, err := x.store.Size(ctx, x.to.Name)
@@ -172,6 +189,7 @@ func (x *exchange) delete() error {
 				if err := x.store.SetAside(context.WithoutCancel(ctx), x.to.Name, x.s.asideName()); err != nil {
 					return err
 				}
+				x.s.quota.gone(x.to.Repo, was)
 				x.w.WriteHeader(http.StatusNoContent)
 				return nil
 			}
@@ -186,6 +204,7 @@ func (x *exchange) delete() error {
 	if err := x.store.Delete(context.WithoutCancel(ctx), x.to.Name); err != nil {
 		return err
 	}
+	x.s.quota.gone(x.to.Repo, was)
 	x.w.WriteHeader(http.StatusNoContent)
 	return nil
 }
