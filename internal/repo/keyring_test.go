@@ -323,6 +323,37 @@ func (s *beforeDelete) Delete(ctx context.Context, name string) error {
 	return s.Store.Delete(ctx, name)
 }
 
+// A key that is rotated while somebody opens the repository is neither damage
+// nor a reason not to get in with the one in its place.
+func TestAKeyRotatedWhileTheRepositoryIsOpened(t *testing.T) {
+	for give, want := range map[string]error{"new": nil, "neither": fault.ErrKey} {
+		st, _ := newRepo(t)
+		ring := mustRing(t, st, testKey)
+		late := &beforeKeyRead{Store: st, do: func() {
+			if _, err := ring.Rotate(bg, ring.opened, newPass("new", ""), false); err != nil {
+				t.Error(err)
+			}
+		}}
+		if _, err := Open(bg, late, pass(give)); !errors.Is(err, want) {
+			t.Errorf("with %q: %v, not %v", give, err, want)
+		}
+	}
+}
+
+type beforeKeyRead struct {
+	blob.Store
+	do func()
+}
+
+func (s *beforeKeyRead) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
+	if s.do != nil && strings.HasPrefix(name, keysPrefix) {
+		do := s.do
+		s.do = nil
+		do()
+	}
+	return s.Store.ReadAt(ctx, name, p, off)
+}
+
 // What does not give the key back is never stored.
 func TestAKeyIsProvenBeforeItIsStored(t *testing.T) {
 	st, _ := newRepo(t)

@@ -230,13 +230,29 @@ type opened struct {
 // repo.json is no key of this repository: whoever can write to the store can
 // wrap some other for a recipient.
 func unwrap(ctx context.Context, st blob.Store, id [16]byte, config []byte, k Key) (opened, error) {
+	for again := 0; ; again++ {
+		got, removed, err := tryKeys(ctx, st, id, config, k)
+		// What was removed while it was tried may have been rotated: the one in its
+		// place is in the next list.
+		if err == nil || !removed || again == 2 {
+			return got, err
+		}
+	}
+}
+
+// tryKeys tries each key once, and says whether one was removed meanwhile.
+func tryKeys(ctx context.Context, st blob.Store, id [16]byte, config []byte, k Key) (_ opened, removed bool, err error) {
 	var trouble error
 	n, commands := 0, 0
 	for o, err := range st.List(ctx, keysPrefix) {
 		if err != nil {
-			return opened{}, err
+			return opened{}, removed, err
 		}
 		w, _, err := readKey(ctx, st, o.Name)
+		if errors.Is(err, fault.ErrNotFound) {
+			removed = true
+			continue
+		}
 		if err == nil {
 			n++
 			if w.Kind == KindCommand {
@@ -247,10 +263,10 @@ func unwrap(ctx context.Context, st blob.Store, id [16]byte, config []byte, k Ke
 			got := opened{by: strings.TrimPrefix(o.Name, keysPrefix)}
 			if got.master, err = w.unwrap(ctx, o.Name, id, k); err == nil {
 				if got.derived, err = seal.Derive(got.master, id); err != nil {
-					return opened{}, err
+					return opened{}, removed, err
 				}
 				if err = checkConfigMAC(config, got.derived); err == nil {
-					return got, nil
+					return got, removed, nil
 				}
 			}
 		}
@@ -259,10 +275,10 @@ func unwrap(ctx context.Context, st blob.Store, id [16]byte, config []byte, k Ke
 		}
 	}
 	if trouble != nil {
-		return opened{}, trouble
+		return opened{}, removed, trouble
 	}
 	if n == 0 {
-		return opened{}, fmt.Errorf("%s: no key objects: %w", st, fault.ErrNotFound)
+		return opened{}, removed, fmt.Errorf("%s: no key objects: %w", st, fault.ErrNotFound)
 	}
-	return opened{}, fmt.Errorf("repository %s: %w", hex.EncodeToString(id[:4]), fault.ErrKey)
+	return opened{}, removed, fmt.Errorf("repository %s: %w", hex.EncodeToString(id[:4]), fault.ErrKey)
 }
