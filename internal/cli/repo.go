@@ -326,7 +326,27 @@ func checkHint(rep repo.CheckReport) string {
 	if hits > 0 {
 		return "restore points that are not named here are whole; \"backstay repo repair\" heals what it can; back up the VMs that are hit again, which stores again what they still have of it; delete the points that a later check still names"
 	}
-	return `restore points that are not named here are whole; "backstay repo repair" makes damaged parity again, and "backstay repo vacuum" replaces damaged packs, indexes and notes of which nothing is lost`
+	var do []string
+	for _, w := range []struct{ prefix, do string }{
+		{"par/", `"backstay repo repair --scrub" makes damaged parity again`},
+		{"keys/", `"backstay repo key remove" is for a damaged key, which may be added again`},
+		{"", `"backstay repo vacuum" replaces damaged packs, indexes and notes of which nothing is lost`},
+	} {
+		if slices.ContainsFunc(rep.Findings, func(f repo.Finding) bool { return hintPrefix(f.Object) == w.prefix }) {
+			do = append(do, w.do)
+		}
+	}
+	return "restore points that are not named here are whole; " + strings.Join(do, ", and ")
+}
+
+// hintPrefix is what of an object's name says what to do about it.
+func hintPrefix(object string) string {
+	for _, p := range []string{"par/", "keys/"} {
+		if strings.HasPrefix(object, p) {
+			return p
+		}
+	}
+	return ""
 }
 
 func (a *app) repoVacuumCmd() *cobra.Command {
