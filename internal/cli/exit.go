@@ -137,6 +137,8 @@ func hints(err error, cmd *cobra.Command) []string {
 		out = append(out, `run "backstay repo check --read-data" to see which restore points are hit`)
 	case errors.Is(err, fault.ErrKey):
 		out = append(out, "check --password-file, BACKSTAY_PASSWORD_FILE or --identity-file; without a key nobody can read this repository")
+	case errors.Is(err, fault.ErrHeld):
+		out = append(out, "the storage keeps that from everybody until its time is over; prune and vacuum pass over it until then")
 	case errors.Is(err, fault.ErrLocked):
 		out = append(out, "wait for the other run to end, or end it, and try again")
 	case errors.Is(err, fault.ErrNoSpace):

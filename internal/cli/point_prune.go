@@ -166,7 +166,7 @@ func (a *app) prunePoints(ctx context.Context, o pruneOptions, names []string) e
 		if o.dryRun {
 			continue
 		}
-		if err := r.DeletePoint(ctx, l.VM, l.ID); errors.As(err, new(*repo.ImmutableError)) || errors.As(err, new(*repo.ProtectedError)) {
+		if err := r.DeletePoint(ctx, l.VM, l.ID); errors.As(err, new(*repo.ImmutableError)) || errors.As(err, new(*repo.ProtectedError)) || errors.Is(err, fault.ErrHeld) {
 			// The storage keeps it a little longer than was promised, or
 			// somebody protected it meanwhile.
 			a.say("it stays: %v", err)

@@ -391,7 +391,11 @@ again it fails, and may be repeated. No data depends on that time.`,
 				verb, sizeText(rep.FreedBytes), plural(int64(rep.DeletedPacks), "pack"), plural(int64(rep.RewrittenPacks), "pack"), sizeText(rep.RewrittenBytes))
 			a.printKept(rep)
 			if n, until := r.Spared(); n > 0 {
-				fmt.Fprintf(a.stdout, "%s not deleted: the storage keeps them, the last until %s\n", plural(int64(n), "object"), until.Local().Format("2006-01-02 15:04"))
+				last := ""
+				if !until.IsZero() {
+					last = ", the last until " + until.Local().Format("2006-01-02 15:04")
+				}
+				fmt.Fprintf(a.stdout, "%s not deleted: the storage keeps them%s\n", plural(int64(n), "object"), last)
 			}
 			if rep.Revoked > 0 {
 				fmt.Fprintf(a.stdout, "%s had been interrupted and can no longer commit\n", plural(int64(rep.Revoked), "session"))

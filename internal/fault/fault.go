@@ -43,6 +43,10 @@ var (
 	// not do, and of a sign-in that was refused.
 	ErrDenied = errors.New("access denied")
 
+	// ErrHeld is the class of every delete that the store refuses to everybody
+	// until a time has passed. It is in class ErrLocked.
+	ErrHeld error = held{}
+
 	// ErrFenced says that this session was revoked while it ran. What it
 	// stored is garbage or reusable; nothing of it was committed, and it may
 	// simply be repeated.
@@ -52,6 +56,12 @@ var (
 	// could not be reached, and that policy forbids a lower one.
 	ErrConsistency = errors.New("consistency not reached")
 )
+
+type held struct{}
+
+func (held) Error() string { return "not to be deleted yet" }
+
+func (held) Is(target error) bool { return target == ErrLocked }
 
 // A CorruptError says which object is damaged, where, and how we know.
 type CorruptError struct {

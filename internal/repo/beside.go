@@ -108,18 +108,18 @@ func (v *vacuum) endEarlier(ctx context.Context) error {
 			}
 		}
 		for _, name := range e.outcome.Delete {
-			if err := v.r.st.Delete(ctx, name); err != nil {
+			if err := v.r.remove(ctx, name); err != nil {
 				return err
 			}
 		}
-		if err := v.r.st.Delete(ctx, beatPrefix+e.id); err != nil {
+		if err := v.r.remove(ctx, beatPrefix+e.id); err != nil {
 			return err
 		}
-		if err := v.r.st.Delete(ctx, vacuumPrefix+e.id); err != nil {
+		if err := v.r.remove(ctx, vacuumPrefix+e.id); err != nil {
 			return err
 		}
 		if e.outcome.State == committed {
-			if err := v.r.st.Delete(ctx, outcomePrefix+e.id); err != nil {
+			if err := v.r.remove(ctx, outcomePrefix+e.id); err != nil {
 				return err
 			}
 		}
@@ -652,7 +652,7 @@ func (v *vacuum) leave(ctx context.Context, failed error) error {
 			return err
 		}
 	}
-	return errors.Join(v.r.st.Delete(ctx, beatPrefix+v.id), v.r.st.Delete(ctx, vacuumPrefix+v.id))
+	return errors.Join(v.r.remove(ctx, beatPrefix+v.id), v.r.remove(ctx, vacuumPrefix+v.id))
 }
 
 // cleanUp takes away what only a vacuum under way needs.
@@ -676,13 +676,13 @@ func (v *vacuum) cleanUp(ctx context.Context) error {
 			return err
 		}
 		if n, ok := parseEpochName(o.Name); ok && n < v.epoch {
-			if err := v.r.st.Delete(ctx, o.Name); err != nil {
+			if err := v.r.remove(ctx, o.Name); err != nil {
 				return err
 			}
 		}
 	}
 	for _, name := range []string{beatPrefix + v.id, vacuumPrefix + v.id, outcomePrefix + v.id} {
-		if err := v.r.st.Delete(ctx, name); err != nil {
+		if err := v.r.remove(ctx, name); err != nil {
 			return err
 		}
 	}

@@ -161,15 +161,28 @@ func (t *retention) keep(ctx context.Context, name string, until time.Time) erro
 }
 
 // Spared says how many objects vacuums of this process did not delete because
-// the storage keeps them, and until when the last of them.
+// the storage keeps them, and until when the last of them; zero where the
+// storage does not say.
 func (r *Repository) Spared() (objects int, until time.Time) {
+	n := int(r.spared.Load())
 	t, ok := r.st.(*retention)
 	if !ok {
-		return 0, until
+		return n, until
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.spared, t.last
+	return n + t.spared, t.last
+}
+
+// remove deletes for a vacuum, which passes over what the store lets nobody
+// delete yet and meets it again next time.
+func (r *Repository) remove(ctx context.Context, name string) error {
+	err := r.st.Delete(ctx, name)
+	if errors.Is(err, fault.ErrHeld) {
+		r.spared.Add(1)
+		return nil
+	}
+	return err
 }
 
 // promise writes into points until when they stay.

@@ -64,6 +64,8 @@ type Repository struct {
 
 	epochMu sync.Mutex
 	epochs  map[int64]*epoch // read lately
+
+	spared atomic.Int64 // objects that the store did not let a vacuum delete yet
 }
 
 // Open opens the repository in st. It gives fault.ErrNotFound where there is

@@ -174,7 +174,7 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 	}
 	defer v.r.forget()
 	for i, name := range v.plan {
-		if err := v.r.st.Delete(ctx, name); err != nil {
+		if err := v.r.remove(ctx, name); err != nil {
 			return err
 		}
 		v.progress(i + 1 + len(v.rewrite))

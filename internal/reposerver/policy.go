@@ -92,6 +92,7 @@ var rules = []rule{
 	// A note that calls a good pack damaged makes vacuum drop it where another
 	// copy seems to be, so these are not for everybody.
 	{"quarantine/", none, false, small},
+	{"scrub/", none, false, small},
 	{"epoch/", none, false, small},
 	{"vacuum/", none, false, small},
 }

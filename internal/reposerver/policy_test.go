@@ -305,8 +305,8 @@ func TestImmutable(t *testing.T) {
 	held := func(name string) {
 		t.Helper()
 		over, remove := putIn(t, st, name, "overwritten"), st.Delete(t.Context(), name)
-		if !errors.Is(over, fault.ErrDenied) || !errors.Is(remove, fault.ErrDenied) || !strings.Contains(remove.Error(), "immutable for another") {
-			t.Errorf("%s: overwrite %v, delete %v, want fault.ErrDenied", name, over, remove)
+		if !errors.Is(over, fault.ErrDenied) || !errors.Is(remove, fault.ErrHeld) || !strings.Contains(remove.Error(), "immutable for another") {
+			t.Errorf("%s: overwrite %v, delete %v, want fault.ErrDenied and fault.ErrHeld", name, over, remove)
 		}
 		if err := createIn(t, st, name, "x"); !errors.Is(err, fault.ErrExists) {
 			t.Errorf("create of %s: %v, want fault.ErrExists", name, err)
@@ -359,8 +359,8 @@ func TestImmutable(t *testing.T) {
 	if err := putIn(t, st, "man/aa/old", "y"); err != nil {
 		t.Errorf("the name again: %v", err)
 	}
-	if err := st.Delete(t.Context(), "man/aa/old"); !errors.Is(err, fault.ErrDenied) {
-		t.Errorf("delete of what is young again: %v, want fault.ErrDenied", err)
+	if err := st.Delete(t.Context(), "man/aa/old"); !errors.Is(err, fault.ErrHeld) {
+		t.Errorf("delete of what is young again: %v, want fault.ErrHeld", err)
 	}
 	ran.Store(int64(14*day + time.Minute))
 	for _, name := range []string{"man/aa/x", "rp/" + mine + "-000001", "keys/0000000000000001"} {

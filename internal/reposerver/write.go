@@ -243,7 +243,7 @@ func (x *exchange) letGo(rule rule) error {
 		return err
 	}
 	if age := x.s.clock.age(written); age < x.s.held {
-		return fmt.Errorf("%s is immutable for another %s of this server's time: %w", x.to.Name, (x.s.held - age).Round(time.Minute), fault.ErrDenied)
+		return fmt.Errorf("%s is immutable for another %s of this server's time: %w", x.to.Name, (x.s.held - age).Round(time.Minute), fault.ErrHeld)
 	}
 	return nil
 }

@@ -38,6 +38,7 @@ const (
 var Classes = map[string]error{
 	"not-found":   fault.ErrNotFound,
 	"exists":      fault.ErrExists,
+	"held":        fault.ErrHeld,
 	"denied":      fault.ErrDenied,
 	"no-space":    fault.ErrNoSpace,
 	"read-only":   fault.ErrReadOnly,
@@ -54,6 +55,7 @@ func ClassOf(err error) (class string, status int) {
 	}{
 		{"not-found", fault.ErrNotFound, http.StatusNotFound},
 		{"exists", fault.ErrExists, http.StatusPreconditionFailed},
+		{"held", fault.ErrHeld, http.StatusForbidden},
 		{"denied", fault.ErrDenied, http.StatusForbidden},
 		{"no-space", fault.ErrNoSpace, http.StatusInsufficientStorage},
 		{"read-only", fault.ErrReadOnly, http.StatusForbidden},
