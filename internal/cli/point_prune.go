@@ -38,7 +38,9 @@ every VM by itself.
 --keep-daily 7 keeps the newest point of each of the last 7 days that have one;
 days begin in this machine's time zone, weeks on Monday. --within counts back
 from the VM's newest point and never from the clock. A suspect point stands for a
-day only if there is no other. The space comes back with "repo vacuum".
+day only if there is no other. A point whose time is still to come stays, and
+counts for no rule: the clock that made it was wrong. The space comes back with
+"repo vacuum".
 
 Points that "point protect" protects stay, and those that the repository promised
 to keep. The newest sound point of a VM is always kept: with --force, a rule that
@@ -102,7 +104,7 @@ func (a *app) prunePoints(ctx context.Context, o pruneOptions, names []string) e
 			return usage("--within: %w", err)
 		}
 	}
-	o.rule.Zone = time.Local
+	o.rule.Zone, o.rule.Now = time.Local, time.Now()
 	if _, err := retention.Decide(nil, o.rule); err != nil {
 		if errors.Is(err, retention.ErrNoRule) {
 			return usage("no rule: say at least one of --keep-last, --keep-hourly, --keep-daily, --keep-weekly, --keep-monthly, --keep-yearly, --within")

@@ -4,7 +4,7 @@
 //
 // Time is that of the points alone. "Within 14 days" counts back from the
 // newest point, so a clock that jumps ahead lets nothing go, and a VM whose
-// backups stopped keeps what it has.
+// backups stopped keeps what it has. What the time is can only keep more.
 package retention
 
 import (
@@ -31,6 +31,10 @@ type Rule struct {
 	// MayEmpty lets even the newest point of the VM go where the rule keeps
 	// nothing.
 	MayEmpty bool
+	// Now, where it is not zero, is what the time is. Points of more than a day
+	// later were made by a clock that was wrong: they stay, and count for no
+	// rule, so that they neither take the place of others nor make them look old.
+	Now time.Time
 }
 
 // A Point is what a decision needs to know of a restore point.
@@ -81,28 +85,36 @@ func Decide(points []Point, rule Rule) ([]Decision, error) {
 			all[i].keep(why)
 		}
 	}
-	rule.keepLast(all)
+	made, empty := all, rule.MayEmpty && rule.keepsNothing()
+	for !empty && !rule.Now.IsZero() && len(made) > 0 && made[0].Time.After(rule.Now.Add(24*time.Hour)) {
+		made[0].keep("its time is still to come")
+		made = made[1:]
+	}
+	if len(made) == 0 {
+		return all, nil
+	}
+	rule.keepLast(made)
 	zone := rule.Zone
 	if zone == nil {
 		zone = time.UTC
 	}
 	for _, p := range periods {
-		p.apply(all, *p.count(&rule), zone)
+		p.apply(made, *p.count(&rule), zone)
 	}
 	if rule.Within != (Age{}) {
-		since := rule.Within.Before(all[0].Time.In(zone))
-		for i := range all {
-			if !all[i].Time.Before(since) {
-				all[i].keep("within " + rule.Within.String())
+		since := rule.Within.Before(made[0].Time.In(zone))
+		for i := range made {
+			if !made[i].Time.Before(since) {
+				made[i].keep("within " + rule.Within.String())
 			}
 		}
 	}
-	newest := slices.IndexFunc(all, func(d Decision) bool { return !d.Suspect })
+	newest := slices.IndexFunc(made, func(d Decision) bool { return !d.Suspect })
 	if newest < 0 {
 		newest = 0
 	}
-	if !all[newest].Keep && !(rule.MayEmpty && rule.keepsNothing()) {
-		all[newest].keep("the newest sound point of its VM")
+	if !empty && !made[newest].Keep {
+		made[newest].keep("the newest sound point of its VM")
 	}
 	for i := range all {
 		if !all[i].Keep {

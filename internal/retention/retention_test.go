@@ -98,6 +98,62 @@ func TestAClockThatJumpedAheadLetsNothingElseGo(t *testing.T) {
 	}
 }
 
+// A point that says it is of a year to come was made by a wrong clock. It must
+// not push out what is made by a right one, whatever the rule.
+func TestAPointOfTheFutureCountsForNothing(t *testing.T) {
+	points := at("2036-01-01 00:00", "2026-11-22 12:00", "2026-11-21 12:00", "2026-11-20 12:00")
+	now := day("2026-11-22 13:00")
+	for name, c := range map[string]struct {
+		rule Rule
+		want []string
+	}{
+		"last":   {Rule{Last: 1}, []string{"2036-01-01 00:00", "2026-11-22 12:00"}},
+		"daily":  {Rule{Daily: 2}, []string{"2036-01-01 00:00", "2026-11-22 12:00", "2026-11-21 12:00"}},
+		"within": {Rule{Within: Age{Days: 1}}, []string{"2036-01-01 00:00", "2026-11-22 12:00", "2026-11-21 12:00"}},
+		"yearly": {Rule{Yearly: 1}, []string{"2036-01-01 00:00", "2026-11-22 12:00"}},
+	} {
+		c.rule.Now = now
+		if got := kept(t, points, c.rule); !slices.Equal(got, c.want) {
+			t.Errorf("%s: kept %v, not %v", name, got, c.want)
+		}
+	}
+	// Clocks of two machines are never quite the same.
+	if got := kept(t, at("2026-11-22 13:05", "2026-11-22 12:00"), Rule{Last: 1, Now: now}); len(got) != 1 {
+		t.Errorf("five minutes ahead: kept %v", got)
+	}
+	if got := kept(t, points[:1], Rule{Last: 1, Now: now}); len(got) != 1 {
+		t.Errorf("nothing but the future: kept %v", got)
+	}
+}
+
+// Whatever the time is, it can only keep more.
+func TestTheTimeOnlyKeepsMore(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		base := day("2026-06-01 00:00")
+		var points []Point
+		for i := range rapid.IntRange(1, 12).Draw(t, "points") {
+			h := rapid.IntRange(0, 24*200).Draw(t, "hours")
+			points = append(points, Point{ID: fmt.Sprint(i), Time: base.Add(time.Duration(h) * time.Hour), Suspect: rapid.Bool().Draw(t, "suspect")})
+		}
+		n := func(s string) int { return rapid.IntRange(0, 3).Draw(t, s) }
+		rule := Rule{Last: 1 + n("last"), Daily: n("daily"), Weekly: n("weekly"), Within: Age{Days: n("within")}}
+		without, err := Decide(points, rule)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rule.Now = base.Add(time.Duration(rapid.IntRange(-24, 24*210).Draw(t, "now")) * time.Hour)
+		with, err := Decide(points, rule)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range without {
+			if without[i].Keep && !with[i].Keep {
+				t.Fatalf("at %v %s of %v goes, which stays otherwise", rule.Now, with[i].ID, with[i].Time)
+			}
+		}
+	})
+}
+
 func TestParseAge(t *testing.T) {
 	for _, s := range []string{"14d", "1y6m", "36h", "1y2m3d4h"} {
 		a, err := ParseAge(s)
