@@ -178,10 +178,18 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 		Repo: r, Level: repo.Level(o.level), NoOverlays: o.overlays == "off", VMs: o.parallel, Audit: o.audit / 100, Log: a.log(), Progress: barProgress{bar},
 	}, jobs)...)
 	bar.end()
+	a.joinIndex(ctx, r)
 	for i := range results {
 		noteUnknownExcludes(&results[i], o.exclude)
 	}
 	return a.reportBackups(results)
+}
+
+// joinIndex is the last thing that a command does which stored much.
+func (a *app) joinIndex(ctx context.Context, r *repo.Repository) {
+	if _, err := r.JoinIndex(ctx); err != nil && ctx.Err() == nil {
+		a.say("the index was not joined, which takes memory until \"backstay repo vacuum\" does it: %v", err)
+	}
 }
 
 // noteUnknownExcludes warns of a disk to be left out that the VM does not

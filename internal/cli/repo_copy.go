@@ -91,6 +91,7 @@ func (a *app) repoCopy(ctx context.Context, o copyOptions, refs []string) error 
 	bar := a.newBar("copying")
 	err = from.CopyPoints(ctx, to, repo.CopyOptions{Points: points, Level: repo.Level(o.level), Progress: bar.set, Told: sum.add})
 	bar.end()
+	a.joinIndex(ctx, to)
 	if perr := a.printCopy(sum, err == nil); perr != nil {
 		return perr
 	}

@@ -39,7 +39,7 @@ func (v *vacuum) announce(ctx context.Context) (err error) {
 	if v.id, v.bin, err = newID(); err != nil {
 		return err
 	}
-	b, err := object.Encode(vacuumObject{Format: formatVersion, Vacuum: v.id, Process: thisProcess(v.r.id)})
+	b, err := object.Encode(vacuumObject{Format: formatVersion, Vacuum: v.id, Process: thisProcess(v.r.id), Brief: v.brief})
 	if err != nil {
 		return err
 	}
@@ -91,8 +91,12 @@ func (v *vacuum) endEarlier(ctx context.Context) error {
 			continue
 		}
 		if e.outcome.State == "" {
-			if err := v.outlive(ctx, e.id, e.process); err != nil {
+			gone, err := v.outlive(ctx, &e)
+			if err != nil {
 				return err
+			}
+			if gone {
+				continue
 			}
 		}
 		switch {
@@ -138,25 +142,36 @@ func (v *vacuum) revoke(ctx context.Context, id string) (outcome, error) {
 }
 
 // outlive waits until another vacuum must be taken for dead; one that shows a
-// sign of life is left alone.
-func (v *vacuum) outlive(ctx context.Context, id string, p *process) error {
+// sign of life is left alone, unless it is brief: that is waited for. It says
+// whether the other one has ended and taken all of its own away.
+func (v *vacuum) outlive(ctx context.Context, e *aVacuum) (gone bool, err error) {
+	waits := e.brief && !v.brief
 	for {
-		stirred, err := v.sight.stirred(ctx, id)
+		stirred, err := v.sight.stirred(ctx, e.id)
 		if err != nil {
-			return err
+			return false, err
 		}
-		if stirred {
-			return fmt.Errorf("another vacuum is running: %w", fault.ErrLocked)
+		if stirred && !waits {
+			return false, fmt.Errorf("another vacuum is running: %w", fault.ErrLocked)
 		}
-		dead, err := v.sight.dead(ctx, id, p)
+		if _, err := v.r.st.Size(ctx, vacuumPrefix+e.id); errors.Is(err, fault.ErrNotFound) {
+			return true, nil
+		} else if err != nil {
+			return false, err
+		}
+		dead, err := v.sight.dead(ctx, e.id, e.process)
 		if err != nil || dead {
-			return err
+			return false, err
 		}
-		if out, err := v.r.outcomeOf(ctx, id); err == nil && out.State != "" {
-			return fmt.Errorf("another vacuum has just ended: %w", fault.ErrLocked)
+		if out, err := v.r.outcomeOf(ctx, e.id); err == nil && out.State != "" {
+			if waits {
+				e.outcome = out // its list can be gone through by two
+				return false, nil
+			}
+			return false, fmt.Errorf("another vacuum has just ended: %w", fault.ErrLocked)
 		}
 		if err := sleep(ctx, pollEvery); err != nil {
-			return err
+			return false, err
 		}
 	}
 }

@@ -34,6 +34,7 @@ type vacuumObject struct {
 	Format  int      `json:"format"`
 	Vacuum  string   `json:"vacuum"`
 	Process *process `json:"process,omitempty"`
+	Brief   bool     `json:"brief,omitempty"` // it joins the index and condemns nothing
 }
 
 // idTime is a variable so that tests can turn the clock.
@@ -117,6 +118,7 @@ func (r *Repository) decide(ctx context.Context, o outcome) (outcome, error) {
 type aVacuum struct {
 	id      string
 	process *process
+	brief   bool
 	outcome outcome
 	damage  error // why the outcome cannot be read, nil if it can
 }
@@ -138,7 +140,7 @@ func (r *Repository) vacuums(ctx context.Context) (vs []aVacuum, err error) {
 		v := aVacuum{id: id, outcome: out, damage: err}
 		var vo vacuumObject
 		if b, err := readObject(ctx, r.st, o.Name); err == nil && object.Decode(o.Name, b, &vo) == nil {
-			v.process = vo.Process // otherwise its beat must tell
+			v.process, v.brief = vo.Process, vo.Brief // otherwise its beat must tell
 		}
 		vs = append(vs, v)
 	}

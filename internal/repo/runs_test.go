@@ -7,10 +7,12 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/blob/blobtest"
 	"github.com/backstay/backstay/internal/blob/mem"
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
@@ -346,5 +348,134 @@ func TestIndexOfAStoreFarAway(t *testing.T) {
 		}
 		mustCheck(t, r, CheckOptions{})
 		r.Close()
+	}
+}
+
+// joinAt lets an index be joined that has so many entries in memory.
+func joinAt(t testing.TB, entries int) {
+	was := looseEntries
+	looseEntries = entries
+	t.Cleanup(func() { looseEntries = was })
+}
+
+// After a backup the index is joined where it has become large in memory, and
+// left alone where it has not, where a vacuum is under way, and where this
+// client may not delete.
+func TestJoinIndex(t *testing.T) {
+	joinAt(t, 60)
+	st, r := newRepo(t)
+	content := noise(1, 40*testChunk)
+	p := mustBackup(t, r, "web01", content, nil, nil)
+	if joined, err := r.JoinIndex(bg); joined || err != nil {
+		t.Errorf("40 chunks: %v, %v", joined, err)
+	}
+	mustBackup(t, r, "web02", noise(2, 40*testChunk), nil, nil)
+
+	refusing := blobtest.Faulty(st, func(c blobtest.Call) error {
+		if c.Op.Mutates() && strings.HasPrefix(c.Name, vacuumPrefix) {
+			return fault.ErrDenied
+		}
+		return nil
+	})
+	other := mustOpen(t, refusing)
+	if _, err := other.held(bg); err != nil {
+		t.Fatal(err)
+	}
+	if joined, err := other.JoinIndex(bg); joined || err != nil {
+		t.Errorf("a client that may not: %v, %v", joined, err)
+	}
+	v := &vacuum{r: r, o: VacuumOptions{Patience: patience}, sight: newSight(r, patience)}
+	if err := v.announce(bg); err != nil {
+		t.Fatal(err)
+	}
+	if joined, err := r.JoinIndex(bg); joined || err != nil {
+		t.Errorf("beside a vacuum: %v, %v", joined, err)
+	}
+	if err := v.leave(bg, fault.ErrLocked); err != nil {
+		t.Fatal(err)
+	}
+
+	if joined, err := r.JoinIndex(bg); !joined || err != nil {
+		t.Fatalf("80 chunks: %v, %v", joined, err)
+	}
+	if flat, runs := mustNames(t, st, indexPrefix), mustNames(t, st, runPrefix); len(flat) != 0 || len(runs) != 2 {
+		t.Errorf("%v and %v, want a run of one part", flat, runs)
+	}
+	for _, prefix := range []string{vacuumPrefix, beatPrefix, epochPrefix} {
+		if names := mustNames(t, st, prefix); len(names) > 0 {
+			t.Errorf("%v are left", names)
+		}
+	}
+	h, err := r.held(bg)
+	if err != nil || h.table.FreshLen() != 0 {
+		t.Errorf("%d entries are in memory, %v", h.table.FreshLen(), err)
+	}
+	mustRead(t, r, p, content)
+}
+
+// A vacuum that finds somebody joining the index waits for it.
+func TestVacuumWaitsForAJoin(t *testing.T) {
+	st, r := newRepo(t)
+	mustBackup(t, r, "web01", noise(1, 4*testChunk), nil, nil)
+	join := &vacuum{r: r, brief: true, o: VacuumOptions{Patience: patience}, sight: newSight(r, patience)}
+	if err := join.announce(bg); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, err := mustOpen(t, st).Vacuum(bg, VacuumOptions{})
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		t.Fatalf("vacuum did not wait: %v", err)
+	case <-time.After(20 * beatEvery):
+	}
+	if _, err := join.joinOnly(bg); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	for _, prefix := range []string{vacuumPrefix, beatPrefix, outcomePrefix} {
+		if names := mustNames(t, st, prefix); len(names) > map[string]int{outcomePrefix: 1}[prefix] {
+			t.Errorf("%v are left", names)
+		}
+	}
+}
+
+// However far a join got, nothing is lost, and a vacuum takes away what it left.
+func TestJoinIndexSurvivesCrash(t *testing.T) {
+	joinAt(t, 1)
+	base, r := newRepo(t)
+	content := noise(1, 20*testChunk)
+	p := mustBackup(t, r, "web01", content, nil, nil)
+	for _, crashAfter := range []func(int, blob.Store) *blobtest.Crash{blobtest.CrashAfter, blobtest.CrashAfterApplied} {
+		for n := 0; ; n++ {
+			st := base.Clone()
+			crash := crashAfter(n, st)
+			r := mustOpen(t, crash)
+			if _, err := r.held(bg); err != nil {
+				t.Fatal(err)
+			}
+			_, err := r.JoinIndex(bg)
+			everyoneDies()
+			crashed := crash.Crashed()
+			if !crashed && err != nil {
+				t.Fatal(err)
+			}
+			r = mustOpen(t, st)
+			mustRead(t, r, p, content)
+			mustVacuum(t, r)
+			mustRead(t, mustOpen(t, st), p, content)
+			for _, prefix := range []string{vacuumPrefix, beatPrefix} {
+				if names := mustNames(t, st, prefix); len(names) > 0 {
+					t.Errorf("crash after %d: %v are left", n, names)
+				}
+			}
+			if !crashed {
+				break
+			}
+		}
 	}
 }

@@ -235,6 +235,10 @@ func (p *proc) backup(r *Repository) error {
 		p.w.mu.Lock()
 		p.w.done[made] = true
 		p.w.mu.Unlock()
+		var joined bool
+		if joined, err = r.JoinIndex(bg); joined {
+			p.w.count("joined")
+		}
 	}
 	return err
 }
@@ -446,6 +450,7 @@ func TestSimulation(t *testing.T) {
 		seeds, _ = strconv.Atoi(s)
 	}
 	realBeats(t)
+	joinAt(t, 1)
 	first, _ := strconv.ParseUint(os.Getenv("BACKSTAY_SEED"), 10, 64)
 	base := mem.New()
 	mustInit(t, base)
@@ -460,7 +465,7 @@ func TestSimulation(t *testing.T) {
 	if t.Failed() || seeds < 100 {
 		return
 	}
-	for _, what := range []string{"vm0", "vm1", "vm2", "vm0 fenced", "vacuum0", "vacuum1", "delete", "restore", "deleted packs", "rewritten packs", "packs in use", "revoked"} {
+	for _, what := range []string{"vm0", "vm1", "vm2", "vm0 fenced", "vacuum0", "vacuum1", "delete", "restore", "deleted packs", "rewritten packs", "packs in use", "revoked", "joined"} {
 		if stats[what] == 0 {
 			t.Errorf("%q never happened", what)
 		}

@@ -94,6 +94,7 @@ type vacuum struct {
 	over    map[string]bool // sessions that had an outcome when this began
 	epoch   int64
 	decided bool // committed or revoked
+	brief   bool // it only joins the index: others wait for it
 
 	h         *holdings
 	manifests []string // that were in the store before the epoch
@@ -159,6 +160,17 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 	if err := v.planRest(ctx); err != nil {
 		return err
 	}
+	if err := v.commit(ctx); err != nil {
+		return err
+	}
+	if err := v.r.sweepParity(ctx); err != nil {
+		return err
+	}
+	return v.cleanUp(ctx)
+}
+
+// commit writes down all that is to be deleted, and deletes it.
+func (v *vacuum) commit(ctx context.Context) error {
 	out, err := v.r.decide(ctx, outcome{Of: v.id, State: committed, Delete: v.plan})
 	if errors.Is(err, fault.ErrExists) {
 		// It was there and is gone: another vacuum ended this one.
@@ -179,10 +191,7 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 		}
 		v.progress(i + 1 + len(v.rewrite))
 	}
-	if err := v.r.sweepParity(ctx); err != nil {
-		return err
-	}
-	return v.cleanUp(ctx)
+	return nil
 }
 
 // progress counts packs rewritten and then objects deleted; the total grows
