@@ -7,7 +7,6 @@ package azure
 
 import (
 	"context"
-	"crypto/md5"
 	"errors"
 	"fmt"
 	"io"
@@ -78,15 +77,12 @@ func (s *Store) put(ctx context.Context, name string, body io.ReaderAt, size int
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	sum := md5.New()
-	switch n, err := io.Copy(sum, io.NewSectionReader(body, 0, size)); {
-	case err != nil:
+	sum, err := blob.ContentMD5(body, size)
+	if err != nil {
 		return fmt.Errorf("%s: body: %w", name, err)
-	case n < size:
-		return fmt.Errorf("%s: body: %w", name, io.ErrUnexpectedEOF)
 	}
 	_, err = b.Upload(ctx, streaming.NopCloser(io.NewSectionReader(body, 0, size)), &blockblob.UploadOptions{
-		TransactionalValidation: azblob.TransferValidationTypeMD5(sum.Sum(nil)),
+		TransactionalValidation: azblob.TransferValidationTypeMD5(sum),
 		AccessConditions:        cond,
 	})
 	return s.classify(ctx, name, err)
@@ -124,24 +120,11 @@ func (s *Store) ReadAt(ctx context.Context, name string, p []byte, off int64) (i
 	if reply.ContentRange != nil {
 		span = *reply.ContentRange
 	}
-	want, atEnd, err := ranged.Answered(span, length, off, int64(len(p)))
-	if err != nil {
-		return 0, fmt.Errorf("%s: %w", name, err)
+	n, err := ranged.Read(ctx, reply.Body, span, length, off, p)
+	if err != nil && err != io.EOF {
+		err = fmt.Errorf("%s: %w", name, withoutURL(err))
 	}
-	n, err := io.ReadFull(reply.Body, p[:want])
-	switch {
-	case err != nil:
-		if ctx.Err() != nil {
-			return n, context.Cause(ctx)
-		}
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
-		return n, fmt.Errorf("%s: the answer broke off: %w", name, withoutURL(err))
-	case atEnd && n < len(p):
-		return n, io.EOF
-	}
-	return n, nil
+	return n, err
 }
 
 // Size implements blob.Store.

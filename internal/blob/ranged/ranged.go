@@ -1,13 +1,37 @@
-// Package ranged reads what an HTTP server says about its answer to a request
-// for a range of bytes.
+// Package ranged reads an HTTP server's answer to a request for a range of
+// bytes.
 package ranged
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
 )
+
+// Read fills p with the answer to a request for as many bytes from off, as
+// blob.Store's ReadAt does: io.EOF means that the object ends before p is full.
+// The other arguments are those of Answered.
+func Read(ctx context.Context, body io.Reader, contentRange string, size, off int64, p []byte) (int, error) {
+	want, atEnd, err := Answered(contentRange, size, off, int64(len(p)))
+	if err != nil {
+		return 0, err
+	}
+	n, err := io.ReadFull(body, p[:want])
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return n, context.Cause(ctx)
+	case err == io.EOF:
+		return n, fmt.Errorf("the answer broke off: %w", io.ErrUnexpectedEOF)
+	case err != nil:
+		return n, fmt.Errorf("the answer broke off: %w", err)
+	case atEnd && n < len(p):
+		return n, io.EOF
+	}
+	return n, nil
+}
 
 // Answered says how many bytes of [off, off+length) an answer holds and
 // whether the object ends with them. Size is the length of the answer, or -1
@@ -16,6 +40,9 @@ import (
 func Answered(contentRange string, size, off, length int64) (n int64, atEnd bool, err error) {
 	r := contentRange
 	if r == "" {
+		if size < 0 {
+			return 0, false, errors.New("the server says neither what it answers nor how much")
+		}
 		if off > 0 && size > 0 {
 			return 0, false, errors.New("the server ignores ranges")
 		}

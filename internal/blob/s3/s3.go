@@ -8,7 +8,6 @@ package s3
 
 import (
 	"context"
-	"crypto/md5"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -71,12 +70,9 @@ func (s *Store) put(ctx context.Context, name string, body io.ReaderAt, size int
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	sum := md5.New()
-	switch n, err := io.Copy(sum, io.NewSectionReader(body, 0, size)); {
-	case err != nil:
+	sum, err := blob.ContentMD5(body, size)
+	if err != nil {
 		return fmt.Errorf("%s: body: %w", name, err)
-	case n < size:
-		return fmt.Errorf("%s: body: %w", name, io.ErrUnexpectedEOF)
 	}
 	if s.until != nil {
 		if t := s.until(name); !t.IsZero() {
@@ -86,7 +82,7 @@ func (s *Store) put(ctx context.Context, name string, body io.ReaderAt, size int
 	o.DisableMultipart = true
 	o.DisableContentSha256 = true // Content-MD5 covers the bytes, and the signature covers Content-MD5
 	o.ContentType = "application/octet-stream"
-	_, err = s.client.PutObject(ctx, s.at.Bucket, key, io.NewSectionReader(body, 0, size), size, base64.StdEncoding.EncodeToString(sum.Sum(nil)), "", o)
+	_, err = s.client.PutObject(ctx, s.at.Bucket, key, io.NewSectionReader(body, 0, size), size, base64.StdEncoding.EncodeToString(sum), "", o)
 	return s.classify(ctx, name, err)
 }
 
@@ -120,24 +116,11 @@ func (s *Store) readAt(ctx context.Context, name, version string, p []byte, off 
 		return 0, s.classify(ctx, name, err)
 	}
 	defer body.Close()
-	want, atEnd, err := ranged.Answered(header.Get("Content-Range"), info.Size, off, int64(len(p)))
-	if err != nil {
-		return 0, fmt.Errorf("%s: %w", name, err)
+	n, err := ranged.Read(ctx, body, header.Get("Content-Range"), info.Size, off, p)
+	if err != nil && err != io.EOF {
+		err = fmt.Errorf("%s: %w", name, err)
 	}
-	n, err := io.ReadFull(body, p[:want])
-	switch {
-	case err != nil:
-		if ctx.Err() != nil {
-			return n, context.Cause(ctx)
-		}
-		if err == io.EOF {
-			err = io.ErrUnexpectedEOF
-		}
-		return n, fmt.Errorf("%s: the answer broke off: %w", name, err)
-	case atEnd && n < len(p):
-		return n, io.EOF
-	}
-	return n, nil
+	return n, err
 }
 
 // Size implements blob.Store.
