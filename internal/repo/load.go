@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -84,6 +85,11 @@ type holdings struct {
 	findings []Finding           // what was wrong with the caches
 
 	quarantine quarantine
+
+	lookMu sync.Mutex      // of what follows: see Repository.lookForNews
+	looked time.Time       // when it looked last
+	known  map[string]bool // flat index objects that were read
+	news   bool            // it found any
 
 	table *index.Set
 
@@ -174,6 +180,7 @@ func (r *Repository) reload(ctx context.Context, old *holdings) (*holdings, erro
 // session is in a later one and loads again.
 func (r *Repository) load(ctx context.Context) (*holdings, error) {
 	h := newHoldings()
+	h.looked = time.Now()
 	n, err := r.newestEpoch(ctx)
 	if err != nil {
 		return nil, err

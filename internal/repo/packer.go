@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/repo/internal/index"
@@ -192,7 +193,6 @@ func (s *Session) send(b *pack.Builder) {
 	s.mu.Unlock()
 	go func() {
 		err := s.storePack(b)
-		b.Free()
 		if err != nil {
 			s.fail(err)
 		}
@@ -203,12 +203,17 @@ func (s *Session) send(b *pack.Builder) {
 	}()
 }
 
+// storePack stores and frees b.
 func (s *Session) storePack(b *pack.Builder) error {
+	defer func() { b.Free() }()
 	select {
 	case s.r.flight <- struct{}{}:
 		defer func() { <-s.r.flight }()
 	case <-s.ctx.Done():
 		return context.Cause(s.ctx)
+	}
+	if b = s.leaveOut(s.ctx, b); b.Len() == 0 {
+		return nil
 	}
 	entries := b.Entries()
 	_, sum := b.Finish()
@@ -228,8 +233,9 @@ func (s *Session) storePack(b *pack.Builder) error {
 	s.stored = append(s.stored, p)
 	var write []index.Pack
 	name := ""
-	if len(s.stored) >= indexEvery && !s.over {
+	if (len(s.stored) >= indexEvery || time.Since(s.indexed) >= indexAfter) && !s.over {
 		write, s.stored = s.stored, nil
+		s.indexed = time.Now()
 		name = fmt.Sprintf("%s%s-%06d", indexPrefix, s.id, s.indexes)
 		s.indexes++
 	}

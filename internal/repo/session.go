@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
@@ -67,10 +68,12 @@ type Session struct {
 	flying   int                // packs full and not yet durable
 	err      error              // what broke the session
 	pending  map[index.Key]bool // chunks that are in packs not yet durable
+	again    map[index.Key]bool // those of them that are stored though they lie elsewhere
 	slots    map[*slot]struct{} // packs that take records
 	tail     *slot              // what is left of streams that ended
 	stored   []index.Pack       // durable packs that no index names yet
 	indexes  int                // index objects written
+	indexed  time.Time          // when the last one was, or the session began
 	finished map[point.ManifestID]*manifest.Spool
 	reused   map[point.ManifestID]bool // manifests of existing points that still hold
 	writers  []*DiskWriter
@@ -95,7 +98,7 @@ func (r *Repository) begin(ctx context.Context, o SessionOptions) (*Session, err
 	}
 	s := &Session{
 		r: r, level: level, overlays: !o.NoOverlays,
-		pending: map[index.Key]bool{}, slots: map[*slot]struct{}{},
+		pending: map[index.Key]bool{}, again: map[index.Key]bool{}, slots: map[*slot]struct{}{}, indexed: time.Now(),
 		finished: map[point.ManifestID]*manifest.Spool{}, reused: map[point.ManifestID]bool{},
 	}
 	s.quiet.L = &s.mu
@@ -404,6 +407,6 @@ func (s *Session) claimAgain(id chunk.ID) bool {
 	if s.pending[k] {
 		return false
 	}
-	s.pending[k] = true
+	s.pending[k], s.again[k] = true, true
 	return true
 }

@@ -1,0 +1,151 @@
+package repo
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/repo/internal/index"
+	"github.com/backstay/backstay/internal/repo/internal/pack"
+)
+
+// Writers that run at once, in other processes, tell each other what they stored
+// by their index objects. A session looks for new ones before it stores a pack,
+// and leaves out what somebody else has stored meanwhile. All of it only saves
+// space: who sees nothing stores a chunk twice.
+var (
+	// lookEvery is how long a look at the index objects of others holds.
+	lookEvery = 5 * time.Second
+	// indexAfter is after how long a session names its packs in an index object,
+	// however few they are: so others see them.
+	indexAfter = 30 * time.Second
+)
+
+// lookForNews takes in the packs that other writers have named since the index
+// was loaded. It says whether there was anything.
+func (r *Repository) lookForNews(ctx context.Context, h *holdings) (news bool, err error) {
+	h.lookMu.Lock()
+	defer h.lookMu.Unlock()
+	if time.Since(h.looked) < lookEvery || r.noFlat.Load() {
+		return h.news, nil
+	}
+	h.looked = time.Now()
+	if h.known == nil {
+		h.known = map[string]bool{}
+		for _, o := range h.indexes {
+			h.known[o.Name] = true
+		}
+	}
+	for o, err := range r.st.List(ctx, indexPrefix) {
+		if err != nil {
+			return h.news, err
+		}
+		if h.known[o.Name] {
+			continue
+		}
+		session, _, _ := strings.Cut(strings.TrimPrefix(o.Name, indexPrefix), "-")
+		living.Lock()
+		ours := living.ids[session]
+		living.Unlock()
+		if ours {
+			continue // it is in the table
+		}
+		b, err := readObject(ctx, r.st, o.Name)
+		if err != nil && !errors.Is(err, fault.ErrNotFound) && !errors.Is(err, fault.ErrCorrupt) {
+			return h.news, err
+		}
+		h.known[o.Name] = true
+		if err != nil {
+			continue // a vacuum was faster, or a check will say
+		}
+		var packs []index.Pack
+		if index.Decode(r.id, b, func(p index.Pack) error { packs = append(packs, p); return nil }) != nil {
+			continue
+		}
+		for _, p := range packs {
+			if err := r.learn(ctx, h, p); err != nil {
+				return h.news, err
+			}
+		}
+	}
+	return h.news, nil
+}
+
+// learn takes in one pack. Its writer may have slept since a vacuum deleted it,
+// so it is asked for.
+func (r *Repository) learn(ctx context.Context, h *holdings, p index.Pack) error {
+	h.mu.RLock()
+	_, known := h.number(p.ID)
+	h.mu.RUnlock()
+	if known {
+		return nil
+	}
+	size, err := r.st.Size(ctx, packName(p.ID))
+	if errors.Is(err, fault.ErrNotFound) || err == nil && size != int64(p.Bytes) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	h.take(p)
+	h.news = true
+	return nil
+}
+
+// leaveOut gives b without the records that somebody else has stored since this
+// session claimed them; what is left may be nothing.
+func (s *Session) leaveOut(ctx context.Context, b *pack.Builder) *pack.Builder {
+	h := s.r.current()
+	if h == nil || s.ctx.Err() != nil {
+		return b
+	}
+	// Trouble with a look is no trouble: storing the pack will say if it lasts.
+	if news, err := s.r.lookForNews(ctx, h); err != nil || !news {
+		return b
+	}
+	var drop map[index.Key]bool
+	for _, e := range b.Entries() {
+		k := index.KeyOf(e.ID)
+		s.mu.Lock()
+		claimed := s.pending[k] && !s.again[k]
+		s.mu.Unlock()
+		if !claimed {
+			continue
+		}
+		if in, known, err := s.r.stores(ctx, h, e.ID); err != nil {
+			return b
+		} else if known && s.seen.rely(in) {
+			if drop == nil {
+				drop = map[index.Key]bool{}
+			}
+			drop[k] = true
+		}
+	}
+	if drop == nil {
+		return b
+	}
+	rest := pack.NewBuilder(s.r.mem, s.r.id, s.bin)
+	for _, e := range b.Entries() {
+		if drop[index.KeyOf(e.ID)] {
+			continue
+		}
+		rec := make([]byte, e.Bytes())
+		if _, err := b.ReadAt(rec, int64(e.Off)); err == nil {
+			_, err = rest.Append(e, rec)
+			if err == nil {
+				continue
+			}
+		}
+		rest.Free()
+		return b // no memory: then it is stored twice
+	}
+	s.mu.Lock()
+	for k := range drop {
+		delete(s.pending, k)
+	}
+	s.mu.Unlock()
+	b.Free()
+	return rest
+}
