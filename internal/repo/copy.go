@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/repo/internal/seal"
 )
 
 // CopyOptions say what to copy and how.
@@ -75,7 +77,13 @@ func (r *Repository) Replicate(ctx context.Context, st blob.Store) error {
 		return fmt.Errorf("%s: no key objects: %w", r.st, fault.ErrNotFound)
 	}
 	// Last, so that there is no repository without keys.
-	return create(ctx, st, configName, raw)
+	if err := create(ctx, st, configName, raw); err != nil || r.conf.Parity == "" {
+		return err
+	}
+	// The repository is there, whatever becomes of this: Check says what has no
+	// parity.
+	_ = storeParity(ctx, st, r.id, configName, seal.Hash(raw), bytes.NewReader(raw), int64(len(raw)))
+	return nil
 }
 
 // CopyPoints makes restore points of r exist in to as well, as they are: name,

@@ -230,6 +230,9 @@ func TestReplicaMovesCiphertext(t *testing.T) {
 	if err := s.r.Replicate(bg, st); !errors.Is(err, fault.ErrExists) {
 		t.Errorf("a replica over a replica: %v", err)
 	}
+	if p, err := st.Size(bg, parityPrefix+configName); err != nil || p == 0 {
+		t.Errorf("repo.json of a replica would not heal: %v", err)
+	}
 	to, err := Open(bg, st, pass("second"))
 	if err != nil {
 		t.Fatal(err)
