@@ -42,7 +42,7 @@ func (v *vacuum) writeIndex(ctx context.Context) error {
 			return err
 		}
 	}
-	changed := len(v.dead)+len(v.rewrite) > 0
+	changed := len(v.dead)+len(v.rewrite)+len(v.elected) > 0
 	if !changed && len(v.h.indexes) <= fewIndexes && len(v.h.orphans) == 0 && len(v.h.findings) == 0 && len(v.h.strays) == 0 {
 		return nil
 	}
@@ -67,6 +67,7 @@ func (v *vacuum) compact(ctx context.Context) error {
 		goes[n] = true
 	}
 	stays := func(n uint32) bool { return !goes[n] && v.h.packs[n].state == packSound }
+	v.younger(stays)
 	joined := v.chooseRuns(stays)
 	packs, refs := v.named(stays, joined)
 	id, bin, err := newID()

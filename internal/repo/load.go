@@ -93,6 +93,9 @@ type holdings struct {
 
 	table *index.Set
 
+	noteTwins bool // while it is loaded for a vacuum
+	twins     []twin
+
 	mendMu sync.Mutex      // held while a damaged part of a run is replaced from trailers
 	mended map[string]bool // parts for which that was done
 	redone map[string]bool // parts that were read once more from the store
@@ -179,7 +182,10 @@ func (r *Repository) reload(ctx context.Context, old *holdings) (*holdings, erro
 // load looks for the newest epoch first: whatever a vacuum deletes after that, a
 // session is in a later one and loads again.
 func (r *Repository) load(ctx context.Context) (*holdings, error) {
-	h := newHoldings()
+	return r.loadInto(ctx, newHoldings())
+}
+
+func (r *Repository) loadInto(ctx context.Context, h *holdings) (*holdings, error) {
 	h.looked = time.Now()
 	n, err := r.newestEpoch(ctx)
 	if err != nil {
@@ -422,7 +428,12 @@ func (h *holdings) add(p index.Pack) uint32 {
 }
 
 func (h *holdings) insert(k index.Key, at index.Place) {
-	h.table.Insert(k, at, func(old index.Place) bool { return h.rank(at) <= h.rank(old) })
+	h.table.Insert(k, at, func(old index.Place) bool {
+		if h.noteTwins && old != at {
+			h.twins = append(h.twins, twin{k, old, at})
+		}
+		return h.rank(at) <= h.rank(old)
+	})
 }
 
 // rank is trust as the index wants it.

@@ -153,6 +153,7 @@ func (r *Repository) damaged(h *holdings, id chunk.ID, at index.Place, evidence 
 		return evidence
 	}
 	r.distrust(id)
+	r.remember(wrongRecord{h.pack(at.Pack).id, id, at})
 	return &fault.CorruptError{Object: packLabel(h.pack(at.Pack).id), Offset: int64(at.Off), Err: evidence}
 }
 

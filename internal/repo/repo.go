@@ -50,6 +50,7 @@ type Repository struct {
 
 	workMu  sync.Mutex
 	workers map[int][]*pack.Worker // idle, by zstd level
+	wrong   []wrongRecord          // found by readers, and in no note yet
 
 	loading  chan struct{} // one place, for who loads the index
 	loadMu   sync.RWMutex

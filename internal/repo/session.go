@@ -185,6 +185,7 @@ func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) err
 	if err := s.writeIndex(ctx); err != nil {
 		return s.fail(err)
 	}
+	s.r.noteWrong(ctx)
 	if err := s.needManifests(ctx, points); err != nil {
 		return s.fail(err)
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -97,7 +96,8 @@ type vacuum struct {
 	brief   bool // it only joins the index: others wait for it
 
 	h         *holdings
-	manifests []string // that were in the store before the epoch
+	elected   map[index.Key][]index.Place // chunks with several records: these, the oldest first
+	manifests []string                    // that were in the store before the epoch
 	recs      []*record
 	needs     needs
 	walked    map[manifest.ID]bool // all of what these need is marked
@@ -121,9 +121,12 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 		return err
 	}
 	// Its own holdings: the table must not change while it is marked.
-	if v.h, err = v.r.load(ctx); err != nil {
+	h := newHoldings()
+	h.noteTwins = true
+	if v.h, err = v.r.loadInto(ctx, h); err != nil {
 		return err
 	}
+	h.noteTwins = false
 	if err := v.listManifests(ctx); err != nil {
 		return err
 	}
@@ -133,7 +136,10 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 	if err := v.sight.look(ctx, v.over); err != nil {
 		return err
 	}
-	if err := v.mark(ctx); err != nil {
+	if err := v.whileDamaged(ctx, v.elders); err != nil {
+		return err
+	}
+	if err := v.whileDamaged(ctx, v.tryMark); err != nil {
 		return err
 	}
 	if err := v.chooseAll(ctx); err != nil {
@@ -209,11 +215,11 @@ func (r *Repository) forget() {
 	r.hold = nil
 }
 
-// mark finds out which chunks live. Where a part of the index turns out to be
-// damaged it begins again without that.
-func (v *vacuum) mark(ctx context.Context) error {
+// whileDamaged begins a step again without the part of the index that turned out
+// to be damaged.
+func (v *vacuum) whileDamaged(ctx context.Context, step func(context.Context) error) error {
 	for {
-		err := v.tryMark(ctx)
+		err := step(ctx)
 		if !index.Damaged(err) {
 			return err
 		}
@@ -223,6 +229,7 @@ func (v *vacuum) mark(ctx context.Context) error {
 	}
 }
 
+// tryMark finds out which chunks live.
 func (v *vacuum) tryMark(ctx context.Context) error {
 	v.marks = v.h.table.NewMarks(v.marked)
 	v.live, v.kept, v.stuck = make([]int64, len(v.h.packs)), make([]int64, len(v.h.packs)), make([]bool, len(v.h.packs))
@@ -279,94 +286,6 @@ func (v *vacuum) marked(k index.Key, p index.Place, known, fresh bool) error {
 		v.kept[p.Pack] += e.Bytes() + pack.EntryBytes
 	}
 	return nil
-}
-
-// copyLive writes what lives in packs that are mostly dead into new ones,
-// record by record as they are.
-func (v *vacuum) copyLive(ctx context.Context) error {
-	mem := pack.NewMemory(2 * pack.TargetBytes)
-	b := pack.NewBuilder(mem, v.r.id, v.bin)
-	defer func() { b.Free() }()
-	send := func() error {
-		if b.Len() == 0 {
-			return nil
-		}
-		entries := b.Entries()
-		_, sum := b.Finish()
-		if err := v.r.st.Put(ctx, packName(sum), b, b.Bytes()); err != nil {
-			return err
-		}
-		if err := v.r.guard(ctx, packName(sum), sum, b, b.Bytes()); err != nil {
-			return err
-		}
-		v.fresh = append(v.fresh, indexPack(sum, b.Bytes(), entries))
-		b.Free()
-		b = pack.NewBuilder(mem, v.r.id, v.bin)
-		return nil
-	}
-	kept := v.rewrite[:0]
-	for i, n := range v.rewrite {
-		p := v.h.packs[n]
-		data, records, err := v.liveRecords(ctx, n)
-		if err != nil && !errors.Is(err, fault.ErrCorrupt) && !errors.Is(err, syscall.EIO) {
-			return err
-		}
-		if err != nil {
-			// Leave it as it is: Check will name it.
-			v.report.RewrittenPacks--
-			v.report.RewrittenBytes -= v.live[n]
-			v.report.FreedBytes -= p.bytes - v.live[n]
-			v.report.KeptWasteBytes += p.bytes - v.live[n]
-			continue
-		}
-		for _, e := range records {
-			rec := data[e.Off:e.End()]
-			if b.Full(len(rec)) {
-				if err := send(); err != nil {
-					return err
-				}
-			}
-			if _, err := b.Append(e, rec); err != nil {
-				return err
-			}
-		}
-		kept = append(kept, n)
-		v.progress(i + 1)
-	}
-	v.rewrite = kept
-	return send()
-}
-
-// liveRecords reads pack n and gives its live records, each with its checksum
-// right; otherwise an error in class fault.ErrCorrupt.
-func (v *vacuum) liveRecords(ctx context.Context, n uint32) (data []byte, live []pack.Entry, err error) {
-	p := v.h.packs[n]
-	if data, err = v.r.readPack(ctx, p); err != nil {
-		return nil, nil, err
-	}
-	good, _ := pack.Scan(data, v.r.id)
-	keys := make([]index.Key, len(good))
-	for i, e := range good {
-		keys[i] = index.KeyOf(e.ID)
-	}
-	places, err := v.marks.Marked(ctx, keys)
-	if index.Damaged(err) {
-		err = fmt.Errorf("%w: %w", fault.ErrCorrupt, err)
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	var bytes int64
-	for _, e := range good {
-		if at, ok := places[index.KeyOf(e.ID)]; ok && at.Pack == n && at.Off == e.Off {
-			live = append(live, e)
-			bytes += e.Bytes()
-		}
-	}
-	if bytes != v.live[n] {
-		return nil, nil, fault.Corrupt(packLabel(p.id), -1, "%d bytes of live records are readable, %d are needed", bytes, v.live[n])
-	}
-	return data, live, nil
 }
 
 // planRest lists everything that nobody needs, packs last.
