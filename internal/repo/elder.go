@@ -23,6 +23,15 @@ type twin struct {
 	older, newer index.Place
 }
 
+// load loads the holdings and notes what is there twice.
+func (v *vacuum) load(ctx context.Context) (err error) {
+	h := newHoldings()
+	h.noteTwins = true
+	v.h, err = v.r.loadInto(ctx, h)
+	h.noteTwins = false
+	return err
+}
+
 // elders makes the oldest sound record of each chunk the one that counts in this
 // vacuum, where there are several: whoever may add packs could otherwise have
 // good records vacuumed away by storing others of the same name. Older is what is

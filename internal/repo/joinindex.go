@@ -47,11 +47,14 @@ func (r *Repository) JoinIndex(ctx context.Context) (joined bool, err error) {
 
 // joinOnly is what remains of a vacuum that looks at nothing but the index.
 func (v *vacuum) joinOnly(ctx context.Context) (joined bool, err error) {
-	if v.h, err = v.r.load(ctx); err != nil {
+	if err := v.load(ctx); err != nil {
 		return false, err
 	}
 	// Somebody may have joined them meanwhile; what is damaged needs trailers.
 	if len(v.h.findings) == 0 && len(v.h.strays) == 0 && v.h.table.FreshLen() >= int64(looseEntries) {
+		if err := v.elders(ctx); err != nil {
+			return false, err
+		}
 		if err := v.compact(ctx); err != nil {
 			return false, err
 		}

@@ -121,12 +121,9 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 		return err
 	}
 	// Its own holdings: the table must not change while it is marked.
-	h := newHoldings()
-	h.noteTwins = true
-	if v.h, err = v.r.loadInto(ctx, h); err != nil {
+	if err := v.load(ctx); err != nil {
 		return err
 	}
-	h.noteTwins = false
 	if err := v.listManifests(ctx); err != nil {
 		return err
 	}
