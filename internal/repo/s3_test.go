@@ -146,9 +146,6 @@ func TestAStorageThatMisbehaves(t *testing.T) {
 	}
 }
 
-// asDirectory hides how a store wants to be read.
-type asDirectory struct{ blob.Store }
-
 // What a run over HTTP costs is what the repository asks of a store, request by
 // request: no upload in parts, no HEAD before a read, no LIST for a chunk. A
 // restore through 50 ms of latency, of what is far apart as after many
