@@ -154,21 +154,26 @@ func (v *vacuum) outlive(ctx context.Context, e *aVacuum) (gone bool, err error)
 		if stirred && !waits {
 			return false, fmt.Errorf("another vacuum is running: %w", fault.ErrLocked)
 		}
-		if _, err := v.r.st.Size(ctx, vacuumPrefix+e.id); errors.Is(err, fault.ErrNotFound) {
-			return true, nil
-		} else if err != nil {
-			return false, err
-		}
 		dead, err := v.sight.dead(ctx, e.id, e.process)
-		if err != nil || dead {
+		if err != nil {
 			return false, err
 		}
-		if out, err := v.r.outcomeOf(ctx, e.id); err == nil && out.State != "" {
-			if waits {
+		// What ends takes its outcome away last.
+		out, err := v.r.outcomeOf(ctx, e.id)
+		if err == nil && out.State != "" {
+			if waits || dead {
 				e.outcome = out // its list can be gone through by two
 				return false, nil
 			}
 			return false, fmt.Errorf("another vacuum has just ended: %w", fault.ErrLocked)
+		}
+		if err != nil && !errors.Is(err, fault.ErrCorrupt) {
+			return false, err
+		}
+		if _, err := v.r.st.Size(ctx, vacuumPrefix+e.id); errors.Is(err, fault.ErrNotFound) {
+			return true, nil
+		} else if err != nil || dead {
+			return false, err
 		}
 		if err := sleep(ctx, pollEvery); err != nil {
 			return false, err
