@@ -358,7 +358,8 @@ func (a *app) repoVacuumCmd() *cobra.Command {
 interrupted backups left. It needs no key. Backups, restores and deletions may
 run at the same time; a running backup says within seconds what it needs. One
 that shows no sign of life for --patience is taken for dead: if it wakes up
-again it fails, and may be repeated. No data depends on that time.`,
+again it fails, and may be repeated. No data depends on that time. On Linux it
+runs with low priority, so that backups on the same machine go first.`,
 		Example: `  backstay repo vacuum --dry-run --repo /srv/backup
   backstay repo vacuum --repo /srv/backup`,
 		Args: noArgs,
@@ -368,6 +369,7 @@ again it fails, and may be repeated. No data depends on that time.`,
 				return err
 			}
 			defer r.Close()
+			letOthersGoFirst()
 			bar := a.newBar("vacuum")
 			o.Progress = bar.set
 			o.Waiting = func(backups int) {
