@@ -19,7 +19,8 @@ func CheckName(name string) error {
 	if name == "" || len(name) > MaxNameBytes {
 		return fmt.Errorf("object name of %d bytes: want 1 to %d", len(name), MaxNameBytes)
 	}
-	for i, seg := range strings.Split(name, "/") {
+	first := true
+	for seg := range strings.SplitSeq(name, "/") {
 		if seg == "" || seg[0] == '.' || len(seg) > 200 {
 			return fmt.Errorf("object name %q has a bad segment", name)
 		}
@@ -29,10 +30,11 @@ func CheckName(name string) error {
 			}
 		}
 		for _, r := range Reserved {
-			if i == 0 && seg == r {
+			if first && seg == r {
 				return fmt.Errorf("object name %q begins with %q, which stores keep for themselves", name, r)
 			}
 		}
+		first = false
 	}
 	return nil
 }

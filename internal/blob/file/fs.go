@@ -147,7 +147,7 @@ func (f osFS) ReadDir(name string) ([]Entry, error) {
 	}
 	list := make([]Entry, 0, len(names))
 	for _, n := range names {
-		e, err := entry(dir, n)
+		e, err := entryIn(dir, self, n)
 		if os.IsNotExist(err) {
 			continue // removed since
 		}

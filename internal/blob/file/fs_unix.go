@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,6 +24,25 @@ var (
 func (f osFile) Gone() bool {
 	var st unix.Stat_t
 	return unix.Fstat(int(f.Fd()), &st) != nil || st.Nlink == 0
+}
+
+// entryIn is entry for a name that was read from the open directory self. Where
+// there are a million of them it takes half of the time.
+func entryIn(_ *os.Root, self *os.File, name string) (Entry, error) {
+	var st unix.Stat_t
+	var err error
+	for err = unix.EINTR; err == unix.EINTR; {
+		err = unix.Fstatat(int(self.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	if err != nil {
+		return Entry{}, &os.PathError{Op: "lstat", Path: name, Err: err}
+	}
+	kind := st.Mode & unix.S_IFMT
+	e := Entry{Name: name, Dir: kind == unix.S_IFDIR, Other: kind != unix.S_IFDIR && kind != unix.S_IFREG}
+	if kind == unix.S_IFREG {
+		e.Bytes, e.Written = st.Size, time.Unix(st.Mtim.Unix())
+	}
+	return e, nil
 }
 
 // handlesMayStay says that an open file hinders nobody from replacing it.

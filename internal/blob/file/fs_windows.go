@@ -41,3 +41,6 @@ func flock(f *os.File, exclusive bool) error {
 	}
 	return err
 }
+
+// entryIn is entry for a name that was read from the directory dir.
+func entryIn(dir *os.Root, _ *os.File, name string) (Entry, error) { return entry(dir, name) }

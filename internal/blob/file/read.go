@@ -106,7 +106,12 @@ func (s *Store) list(ctx context.Context, dir, prefix string) ([]Entry, error) {
 		return nil, err
 	}
 	files := false
+	all := dir != "" && strings.HasPrefix(dir+"/", prefix) // files in here have the prefix
 	entries = slices.DeleteFunc(entries, func(e Entry) bool {
+		if all && !e.Dir && !e.Other && len(dir)+1+len(e.Name) <= blob.MaxNameBytes && blob.CheckName(e.Name) == nil {
+			files = true
+			return false // as below, and quicker for a directory of many
+		}
 		name := join(dir, e.Name)
 		if e.Other || blob.CheckName(name) != nil {
 			return true // nothing of ours
