@@ -94,58 +94,52 @@ func (r *Repository) learn(ctx context.Context, h *holdings, p index.Pack) error
 	return nil
 }
 
-// leaveOut gives b without the records that somebody else has stored since this
+// leaveOut takes the records out of b that somebody else has stored since this
 // session claimed them; what is left may be nothing.
-func (s *Session) leaveOut(ctx context.Context, b *pack.Builder) *pack.Builder {
+func (s *Session) leaveOut(ctx context.Context, b *pack.Builder) {
 	h := s.r.current()
 	if h == nil || s.ctx.Err() != nil {
-		return b
+		return
 	}
 	// Trouble with a look is no trouble: storing the pack will say if it lasts.
 	if news, err := s.r.lookForNews(ctx, h); err != nil || !news {
-		return b
+		return
 	}
-	var drop map[index.Key]bool
+	s.dropStored(ctx, h, b)
+}
+
+// spare says whether a record of this session need not be stored if somebody
+// else has stored it.
+func (s *Session) spare(k index.Key) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pending[k] && !s.again[k]
+}
+
+// dropStored takes the records out of b that the repository has and that the
+// session may rely on, and says how many bytes they had.
+func (s *Session) dropStored(ctx context.Context, h *holdings, b *pack.Builder) (bytes int64) {
+	drop := map[index.Key]bool{}
 	for _, e := range b.Entries() {
 		k := index.KeyOf(e.ID)
-		s.mu.Lock()
-		claimed := s.pending[k] && !s.again[k]
-		s.mu.Unlock()
-		if !claimed {
+		if !s.spare(k) {
 			continue
 		}
 		if in, known, err := s.r.stores(ctx, h, e.ID); err != nil {
-			return b
+			break
 		} else if known && s.seen.rely(in) {
-			if drop == nil {
-				drop = map[index.Key]bool{}
-			}
 			drop[k] = true
 		}
 	}
-	if drop == nil {
-		return b
+	if len(drop) == 0 {
+		return 0
 	}
-	rest := pack.NewBuilder(s.r.mem, s.r.id, s.bin)
-	for _, e := range b.Entries() {
-		if drop[index.KeyOf(e.ID)] {
-			continue
-		}
-		rec := make([]byte, e.Bytes())
-		if _, err := b.ReadAt(rec, int64(e.Off)); err == nil {
-			_, err = rest.Append(e, rec)
-			if err == nil {
-				continue
-			}
-		}
-		rest.Free()
-		return b // no memory: then it is stored twice
-	}
+	before := b.Bytes()
+	b.Keep(func(e pack.Entry) bool { return !drop[index.KeyOf(e.ID)] })
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	for k := range drop {
 		delete(s.pending, k)
 	}
-	s.mu.Unlock()
-	b.Free()
-	return rest
+	return before - b.Bytes()
 }

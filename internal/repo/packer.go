@@ -203,18 +203,34 @@ func (s *Session) send(b *pack.Builder) {
 	}()
 }
 
-// storePack stores and frees b.
+// storePack stores and frees b, but for what others store meanwhile.
 func (s *Session) storePack(b *pack.Builder) error {
-	defer func() { b.Free() }()
-	select {
-	case s.r.flight <- struct{}{}:
-		defer func() { <-s.r.flight }()
-	case <-s.ctx.Done():
-		return context.Cause(s.ctx)
+	defer b.Free()
+	for w := (claimWait{}); ; {
+		select {
+		case s.r.flight <- struct{}{}:
+		case <-s.ctx.Done():
+			return context.Cause(s.ctx)
+		}
+		s.leaveOut(s.ctx, b)
+		wait := s.claimPack(s.ctx, &w, b)
+		if !wait {
+			defer func() { <-s.r.flight }()
+			defer s.settle(&w)
+			if b.Len() == 0 {
+				return nil
+			}
+			return s.storeClaimed(&w, b)
+		}
+		<-s.r.flight
+		if err := w.pause(s.ctx); err != nil {
+			return err
+		}
 	}
-	if b = s.leaveOut(s.ctx, b); b.Len() == 0 {
-		return nil
-	}
+}
+
+// storeClaimed stores b, and says so to who waits for it.
+func (s *Session) storeClaimed(w *claimWait, b *pack.Builder) error {
 	entries := b.Entries()
 	_, sum := b.Finish()
 	s.seen.own(sum)
@@ -224,6 +240,8 @@ func (s *Session) storePack(b *pack.Builder) error {
 	if err := s.r.guard(s.ctx, packName(sum), sum, b, b.Bytes()); err != nil {
 		return fmt.Errorf("store parity of %s: %w", packLabel(sum), err)
 	}
+	w.stored = &sum
+	s.settle(w)
 	p := indexPack(sum, b.Bytes(), entries)
 	s.r.publish(p)
 	s.mu.Lock()

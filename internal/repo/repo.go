@@ -59,6 +59,7 @@ type Repository struct {
 	late     []index.Pack // that became durable meanwhile
 	noFlat   atomic.Bool  // a flat index object was wrong: none is believed any more
 	copies   *copies.Dir  // of the index; nil if the store is near
+	noClaims atomic.Bool  // the store keeps none
 
 	recMu   sync.Mutex
 	records map[string]*record // restore points read so far, by object name

@@ -78,7 +78,8 @@ type Session struct {
 	reused   map[point.ManifestID]bool // manifests of existing points that still hold
 	writers  []*DiskWriter
 	over     bool
-	unknown  bool // nobody can say whether the outcome was stored
+	unknown  bool          // nobody can say whether the outcome was stored
+	vain     time.Duration // waited for what others said to store and did not
 }
 
 // Begin starts a session. Vacuums that run at the same time leave what it needs

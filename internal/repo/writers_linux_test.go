@@ -10,9 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/blob/file"
-	"github.com/backstay/backstay/internal/repo/internal/index"
 )
 
 // A writer of TestManyWriters is this test binary, told so by these.
@@ -30,23 +28,6 @@ func init() {
 		}
 		os.Exit(0)
 	}
-}
-
-const (
-	manyChunks = 40
-	manyShared = manyChunks * 3 / 10 // first
-)
-
-func manyContent(seed uint64) []byte {
-	var b []byte
-	for i := range uint64(manyChunks) {
-		n := 50_000 + i
-		if i >= manyShared {
-			n += (1 + seed) * 1000
-		}
-		b = append(b, noise(n, testChunk)...)
-	}
-	return b
 }
 
 // beOneOfMany makes a point of VM m<seed>. What all have in common is durable,
@@ -96,32 +77,6 @@ func beOneOfMany(dir string, seed uint64) error {
 	}
 	fmt.Println("committed")
 	return nil
-}
-
-// duplicates are the bytes of records that lie in packs a second time, and of
-// all.
-func duplicates(t testing.TB, st blob.Store) (twice, all int64) {
-	t.Helper()
-	r := mustOpen(t, st)
-	seen := map[index.Key]bool{}
-	for o, err := range st.List(bg, packPrefix) {
-		if err != nil {
-			t.Fatal(err)
-		}
-		id, _ := parsePackName(o.Name)
-		entries, err := r.readEntries(bg, heldPack{id: id, bytes: o.Bytes})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, e := range entries {
-			all += e.Bytes()
-			if seen[index.KeyOf(e.ID)] {
-				twice += e.Bytes()
-			}
-			seen[index.KeyOf(e.ID)] = true
-		}
-	}
-	return twice, all
 }
 
 // Sixteen processes write one repository at once; 30 % of each disk is that of

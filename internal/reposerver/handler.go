@@ -75,16 +75,22 @@ func (x *exchange) serve() (err error) {
 		// The same for one that exists and one that doesn't.
 		return fmt.Errorf("this token is not for repository %s: %w", x.to.Repo, fault.ErrDenied)
 	}
-	if x.to.Name == "" && !x.to.List && x.r.Method == http.MethodPut {
+	if x.to.Whole() && x.r.Method == http.MethodPut {
 		return x.make()
 	}
 	if x.store, err = x.s.repository(x.to.Repo); err != nil {
 		return err
 	}
-	if x.r.Method != http.MethodPut && x.r.ContentLength != 0 {
-		return refuse(http.StatusBadRequest, "a body belongs to PUT alone")
+	claims := x.to.Claims || x.to.Settled
+	if x.r.Method != http.MethodPut && !claims && x.r.ContentLength != 0 {
+		return refuse(http.StatusBadRequest, "a body belongs to PUT and to claims alone")
 	}
 	switch {
+	case claims && x.r.Method == http.MethodPost && x.to.Claims:
+		return x.claimKeys()
+	case claims && x.r.Method == http.MethodPost:
+		return x.settle()
+	case claims:
 	case x.to.List && x.r.Method == http.MethodGet:
 		return x.list()
 	case x.to.List:

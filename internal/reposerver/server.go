@@ -58,9 +58,13 @@ type limits struct {
 	requests, requestsPerName int
 	stall                     time.Duration // for a piece of a body to arrive or to leave
 	page                      int           // of a listing, in objects
+	claims, claimsPerName     int           // keys that are kept
 }
 
-var usual = limits{conns: 1024, connsPerHost: 256, requests: 256, requestsPerName: 64, stall: time.Minute, page: 10_000}
+var usual = limits{
+	conns: 1024, connsPerHost: 256, requests: 256, requestsPerName: 64, stall: time.Minute, page: 10_000,
+	claims: 1 << 20, claimsPerName: 1 << 18,
+}
 
 // A Server serves one directory. Only one may do so at a time.
 type Server struct {
@@ -76,6 +80,7 @@ type Server struct {
 	release func()
 	noise   quiet
 	quota   quotas
+	claims  *claims
 
 	mu    sync.Mutex
 	repos map[string]*file.Store
@@ -106,6 +111,7 @@ func Open(ctx context.Context, o Options) (*Server, error) {
 	if o.since == nil {
 		o.since = time.Since
 	}
+	s.claims = newClaims(s.limit, o.since)
 	if s.state, err = openState(dir); err != nil {
 		return nil, err
 	}
@@ -156,6 +162,15 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		IdleTimeout:       5 * time.Minute,
 		MaxHeaderBytes:    8 << 10,
 		ErrorLog:          log.New(serverNoise{s}, "", 0),
+		// What a client claims ends with its connection.
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, c)
+		},
+		ConnState: func(c net.Conn, state http.ConnState) {
+			if state == http.StateClosed {
+				s.claims.hangUp(c)
+			}
+		},
 		// HTTP/1.1 only: see docs/design/serve.md.
 		Protocols: new(http.Protocols),
 	}

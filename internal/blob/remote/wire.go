@@ -82,19 +82,28 @@ var byStatus = map[int]error{
 	http.StatusNotImplemented:        fault.ErrUnsupported,
 }
 
-// A Target is what a request is about: a repository, its list, or one of its
-// objects.
+// A Target is what a request is about: a repository, its list, what is claimed
+// in it, the end of a claim, or one of its objects.
 type Target struct {
-	Repo string
-	List bool
-	Name string // of the object; "" for the repository or its list
+	Repo    string
+	List    bool
+	Claims  bool
+	Settled bool
+	Name    string // of the object; "" for all else
 }
+
+// Whole says that t is the repository itself.
+func (t Target) Whole() bool { return t == Target{Repo: t.Repo} }
 
 // Path is the path of t's URL.
 func (t Target) Path() string {
 	switch {
 	case t.List:
 		return base + t.Repo + "/list"
+	case t.Claims:
+		return base + t.Repo + "/claims"
+	case t.Settled:
+		return base + t.Repo + "/settled"
 	case t.Name != "":
 		return base + t.Repo + "/o/" + t.Name
 	}
@@ -117,6 +126,10 @@ func ParseTarget(path string) (Target, error) {
 		return Target{Repo: repo}, nil
 	case rest == "list":
 		return Target{Repo: repo, List: true}, nil
+	case rest == "claims":
+		return Target{Repo: repo, Claims: true}, nil
+	case rest == "settled":
+		return Target{Repo: repo, Settled: true}, nil
 	}
 	name, ok := strings.CutPrefix(rest, "o/")
 	if !ok {

@@ -13,6 +13,10 @@ func TestTargets(t *testing.T) {
 	for path, want := range map[string]Target{
 		"/v1/web":                         {Repo: "web"},
 		"/v1/web/list":                    {Repo: "web", List: true},
+		"/v1/web/claims":                  {Repo: "web", Claims: true},
+		"/v1/web/settled":                 {Repo: "web", Settled: true},
+		"/v1/web/claims/":                 {},
+		"/v1/web/claims/x":                {},
 		"/v1/web/o/repo.json":             {Repo: "web", Name: "repo.json"},
 		"/v1/list/o/list":                 {Repo: "list", Name: "list"},
 		"/v1/a.b-c/o/data/ab/0123":        {Repo: "a.b-c", Name: "data/ab/0123"},
@@ -58,7 +62,7 @@ func TestTargets(t *testing.T) {
 // Whatever a request says, what comes out is a name that every store takes, and
 // the path that leads to it.
 func FuzzParseTarget(f *testing.F) {
-	for _, s := range []string{"/v1/web", "/v1/web/list", "/v1/web/o/data/ab/01", "/v1/web/o/../x", "/v1/.backstay/o/tls.pem"} {
+	for _, s := range []string{"/v1/web", "/v1/web/list", "/v1/web/claims", "/v1/web/settled", "/v1/web/o/data/ab/01", "/v1/web/o/../x", "/v1/.backstay/o/tls.pem"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, path string) {
@@ -66,7 +70,7 @@ func FuzzParseTarget(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if CheckRepo(got.Repo) != nil || got.Name != "" && blob.CheckName(got.Name) != nil || got.List && got.Name != "" {
+		if CheckRepo(got.Repo) != nil || got.Name != "" && (blob.CheckName(got.Name) != nil || got.List || got.Claims || got.Settled) {
 			t.Fatalf("%q gave %+v", path, got)
 		}
 		if got.Path() != path {

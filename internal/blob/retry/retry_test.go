@@ -203,3 +203,15 @@ func (b iotestErr) ReadAt(p []byte, off int64) (int, error) {
 	}
 	return 0, b.err
 }
+
+// What a store does not keep is not asked for again.
+func TestClaimsOfAStoreThatKeepsNone(t *testing.T) {
+	var waited atomic.Int64
+	c := Wrap(mem.New(), atOnce(&waited)).(blob.Claimer)
+	if _, _, err := c.Claim(t.Context(), blob.Ticket{}, []blob.ClaimKey{{}}); !errors.Is(err, fault.ErrUnsupported) {
+		t.Errorf("claim: %v, want fault.ErrUnsupported", err)
+	}
+	if err := c.Settle(t.Context(), blob.Ticket{}, nil); !errors.Is(err, fault.ErrUnsupported) || waited.Load() > 0 {
+		t.Errorf("settle: %v after %d ns, want fault.ErrUnsupported", err, waited.Load())
+	}
+}

@@ -149,6 +149,42 @@ func (b *Builder) Merge(c *Builder) error {
 	return nil
 }
 
+// Keep drops the records that keep refuses, and gives back the memory that is
+// then free. The order stays.
+func (b *Builder) Keep(keep func(Entry) bool) {
+	end := int64(HeaderBytes)
+	kept := b.entries[:0]
+	for _, e := range b.entries {
+		if !keep(e) {
+			continue
+		}
+		if off := int64(e.Off); off != end {
+			b.move(end, off, e.Bytes())
+			e.Off = uint32(end)
+		}
+		end += e.Bytes()
+		kept = append(kept, e)
+	}
+	if b.entries = kept; len(kept) == 0 {
+		b.Free()
+		return
+	}
+	b.n = end
+	if need := int((b.n + segBytes - 1) / segBytes); need < len(b.segs) {
+		b.mem.give(b.segs[need:])
+		b.segs = b.segs[:need:need]
+	}
+}
+
+// move copies n bytes to an earlier place.
+func (b *Builder) move(to, from, n int64) {
+	for n > 0 {
+		src := b.segs[from/segBytes][from%segBytes:]
+		k := int64(copy(b.segs[to/segBytes][to%segBytes:], src[:min(n, int64(len(src)))]))
+		to, from, n = to+k, from+k, n-k
+	}
+}
+
 // Finish writes entries and footer and gives the pack's id in hexadecimal. The
 // pack is then read with ReadAt and Bytes.
 func (b *Builder) Finish() (id string, sum [32]byte) {

@@ -262,3 +262,41 @@ func FuzzRecord(f *testing.F) {
 }
 
 var _ io.ReaderAt = (*Builder)(nil)
+
+// What is kept of a pack is what a pack of that alone would be, wherever records
+// cross from one piece of memory to the next, and the memory of the rest is free.
+func TestKeep(t *testing.T) {
+	for name, kept := range map[string][]byte{
+		"all": {0, 1, 2, 3, 4, 5, 6}, "none": {}, "the first": {0}, "the last": {6}, "every other": {1, 3, 5}, "the middle": {3, 4}, "all but the first": {1, 2, 3, 4, 5, 6},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := NewMemory(8 * segBytes)
+			whole := NewBuilder(m, [16]byte{1}, [16]byte{2})
+			alone := NewBuilder(NewMemory(8*segBytes), [16]byte{1}, [16]byte{2})
+			for i := range byte(7) {
+				n := 300_000 + 100_000*uint32(i)
+				e := Entry{ID: [32]byte{i}, PLen: n, CLen: n}
+				rec := bytes.Repeat([]byte{i + 1, i, 0}, int(e.Bytes()))[:e.Bytes()]
+				if _, err := whole.Append(e, rec); err != nil {
+					t.Fatal(err)
+				}
+				if bytes.IndexByte(kept, i) >= 0 {
+					if _, err := alone.Append(e, rec); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			whole.Keep(func(e Entry) bool { return bytes.IndexByte(kept, e.ID[0]) >= 0 })
+			if whole.Len() != len(kept) || whole.Bytes() != alone.Bytes() || m.lent != len(alone.segs) {
+				t.Fatalf("%d records, %d bytes in %d pieces; want %d, %d in %d", whole.Len(), whole.Bytes(), m.lent, len(kept), alone.Bytes(), len(alone.segs))
+			}
+			if len(kept) == 0 {
+				return
+			}
+			_, got := whole.Finish()
+			if _, want := alone.Finish(); got != want {
+				t.Error("they are different packs")
+			}
+		})
+	}
+}
