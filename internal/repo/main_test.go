@@ -28,6 +28,15 @@ func realBeats(t *testing.T) {
 	t.Cleanup(func() { beatEvery, pollEvery = beat, poll })
 }
 
+// noLooks keeps sessions from looking what others stored and from telling them
+// before there is much to tell, which like a beat is paid for time and not for
+// bytes, until the test ends.
+func noLooks(t *testing.T) {
+	look, after := lookEvery, indexAfter
+	lookEvery, indexAfter = time.Hour, time.Hour
+	t.Cleanup(func() { lookEvery, indexAfter = look, after })
+}
+
 // stride is how far apart the steps are after which a test lets a process or a
 // disk die: every step is tried, but with -short, which runs under the race
 // detector, one of seven.

@@ -47,6 +47,7 @@ func (s *farAway) ReadAt(ctx context.Context, name string, p []byte, off int64) 
 // neither LIST nor HEAD for a chunk.
 func TestRequestsPerGB(t *testing.T) {
 	realBeats(t)
+	noLooks(t)
 	size := int64(1500 << 20)
 	if testing.Short() {
 		size = 320 << 20

@@ -152,6 +152,7 @@ func TestAStorageThatMisbehaves(t *testing.T) {
 // increments, has many of them under way at once.
 func TestRequestsOnTheWire(t *testing.T) {
 	realBeats(t)
+	noLooks(t)
 	g := s3test.Start(t)
 	bucket := g.Bucket(t)
 	if err := Init(bg, bucketAt(t, g.Endpoint, bucket), InitOptions{Passphrase: password, KDF: cheap}); err != nil {
