@@ -361,9 +361,13 @@ that shows no sign of life for --patience is taken for dead: if it wakes up
 again it fails, and may be repeated. No data depends on that time. On Linux it
 runs with low priority, so that backups on the same machine go first.`,
 		Example: `  backstay repo vacuum --dry-run --repo /srv/backup
-  backstay repo vacuum --repo /srv/backup`,
+  backstay repo vacuum --repo /srv/backup
+  backstay repo vacuum --waste 1 --repo /srv/backup   # also what is scattered, such as chunks stored twice`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.Waste < 1 || o.Waste > 100 {
+				return usage("--waste %d: want a percentage from 1 to 100", o.Waste)
+			}
 			r, err := a.openCareful(cmd.Context(), false)
 			if err != nil {
 				return err
@@ -406,6 +410,7 @@ runs with low priority, so that backups on the same machine go first.`,
 		},
 	}
 	cmd.Flags().BoolVar(&o.DryRun, "dry-run", false, "say what would be freed and change nothing")
+	cmd.Flags().IntVar(&o.Waste, "waste", repo.DefaultWaste, "rewrite packs of which so many per cent are waste, from 1 on")
 	cmd.Flags().DurationVar(&o.Patience, "patience", repo.DefaultPatience, "how long a running backup may show no sign of life")
 	return cmd
 }
@@ -416,7 +421,7 @@ func (a *app) printKept(rep repo.VacuumReport) {
 		packs int
 		why   string
 	}{
-		{rep.Kept.LittleWaste, "little of it is waste"},
+		{rep.Kept.LittleWaste, "little of it is waste (see --waste)"},
 		{rep.Kept.InUse, "a running backup stored it or relies on it"},
 		{rep.Kept.Damaged, "something in it is damaged and still needed"},
 		{rep.Kept.Locked, "the storage keeps it until a time that has not come"},

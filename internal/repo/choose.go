@@ -6,8 +6,9 @@ import (
 	"github.com/backstay/backstay/internal/repo/internal/pack"
 )
 
-// rewriteShare is from which percentage of dead bytes on a pack is rewritten.
-const rewriteShare = 30
+// DefaultWaste is from which percentage of dead bytes on a pack is rewritten. It
+// bounds both what stays wasted and what is written for each byte that is freed.
+const DefaultWaste = 30
 
 // What packs are joined. Every backup leaves a small one, and each is a name in
 // every listing and a request in every restore. Since many become one, a byte
@@ -23,6 +24,10 @@ const (
 // if all of it can be; but while some chunk is in no pack they stay, because
 // what is left in them may be all that there is.
 func (v *vacuum) choose() {
+	from := int64(v.o.Waste)
+	if from <= 0 {
+		from = DefaultWaste
+	}
 	for i := range v.h.packs {
 		p, live := &v.h.packs[i], v.live[i]
 		waste := p.bytes - v.kept[i] - pack.FrameBytes
@@ -36,7 +41,7 @@ func (v *vacuum) choose() {
 			v.dead = append(v.dead, uint32(i))
 			v.report.DeletedPacks++
 			v.report.FreedBytes += p.bytes
-		case damaged, waste*100 >= p.bytes*rewriteShare:
+		case damaged, waste > 0 && waste*100 >= p.bytes*from:
 			v.rewrite = append(v.rewrite, uint32(i))
 			v.report.RewrittenPacks++
 			v.report.RewrittenBytes += live

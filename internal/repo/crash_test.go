@@ -170,6 +170,26 @@ func garbageRepo(t *testing.T) (*mem.Store, *history, *point.RestorePoint) {
 	return st, &history{points: []*point.RestorePoint{q, v}, content: h.content}, q
 }
 
+// A pack with little waste stays as it is, unless somebody wants even that.
+func TestVacuumByWaste(t *testing.T) {
+	_, r := newRepo(t)
+	content := noise(1, 20*testChunk)
+	old := mustBackup(t, r, "web01", content, nil, nil)
+	kept := mustBackup(t, r, "web02", content[:18*testChunk], nil, nil)
+	if err := r.DeletePoint(bg, "web01", old.ID); err != nil {
+		t.Fatal(err)
+	}
+	rep, err := r.Vacuum(bg, VacuumOptions{})
+	if err != nil || rep.Kept.LittleWaste != 1 || rep.RewrittenPacks != 0 || rep.KeptWasteBytes < 2*testChunk {
+		t.Errorf("%+v, %v; want one pack to stay", rep, err)
+	}
+	rep, err = r.Vacuum(bg, VacuumOptions{Waste: 1})
+	if err != nil || rep.Kept.LittleWaste != 0 || rep.RewrittenPacks != 1 || rep.KeptWasteBytes != 0 || rep.FreedBytes < 2*testChunk {
+		t.Errorf("%+v, %v; want it rewritten", rep, err)
+	}
+	mustRead(t, r, kept, content[:18*testChunk])
+}
+
 // However far a vacuum got, nothing is lost, and a second one finishes.
 func TestVacuumSurvivesCrash(t *testing.T) {
 	for _, locks := range []bool{true, false} {

@@ -21,6 +21,9 @@ type VacuumOptions struct {
 	// Patience is for how long a running backup may show no sign of life before
 	// it is revoked; 0 means DefaultPatience.
 	Patience time.Duration
+	// Waste is from which percentage of waste on a pack is rewritten; 0 means
+	// DefaultWaste.
+	Waste int
 	// Waiting, if not nil, is called when the number of backups changes that
 	// vacuum waits for: each has to say what it needs.
 	Waiting func(backups int)
