@@ -426,6 +426,7 @@ func (a *app) printKept(rep repo.VacuumReport) {
 		{rep.Kept.Damaged, "something in it is damaged and still needed"},
 		{rep.Kept.Locked, "the storage keeps it until a time that has not come"},
 		{rep.Kept.TooMany, "the next vacuum takes it"},
+		{rep.Kept.NoSpace, "there was no space to copy what is needed of it; the next vacuum has what this one freed"},
 	} {
 		switch {
 		case k.packs == 1:

@@ -170,6 +170,38 @@ func garbageRepo(t *testing.T) (*mem.Store, *history, *point.RestorePoint) {
 	return st, &history{points: []*point.RestorePoint{q, v}, content: h.content}, q
 }
 
+// On a full disk vacuum can copy nothing, and frees what it can without.
+func TestVacuumOfAFullStore(t *testing.T) {
+	st, h, _ := garbageRepo(t)
+	full := blobtest.Faulty(st, func(c blobtest.Call) error {
+		if c.Op == blobtest.OpPut && strings.HasPrefix(c.Name, packPrefix) {
+			return fault.ErrNoSpace
+		}
+		return nil
+	})
+	r, err := OpenKeyless(bg, full)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rep, err := r.Vacuum(bg, VacuumOptions{})
+	if err != nil || rep.DeletedPacks == 0 || rep.RewrittenPacks != 0 || rep.Kept.NoSpace == 0 || rep.FreedBytes <= 0 {
+		t.Errorf("%+v, %v; want the packs to go in which nothing lives", rep, err)
+	}
+	mustBeWhole(t, st, h, h.points...)
+
+	// With nothing that can go there is nothing to do but say so.
+	if _, err := r.Vacuum(bg, VacuumOptions{}); !errors.Is(err, fault.ErrNoSpace) {
+		t.Errorf("%v, want that there is no space", err)
+	}
+	if r, err = OpenKeyless(bg, st); err != nil {
+		t.Fatal(err)
+	}
+	if rep, err = r.Vacuum(bg, VacuumOptions{}); err != nil || rep.RewrittenPacks == 0 {
+		t.Errorf("%+v, %v; with space again", rep, err)
+	}
+	mustBeWhole(t, st, h, h.points...)
+}
+
 // A pack with little waste stays as it is, unless somebody wants even that.
 func TestVacuumByWaste(t *testing.T) {
 	_, r := newRepo(t)

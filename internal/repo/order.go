@@ -288,6 +288,16 @@ func (v *vacuum) copyLive(ctx context.Context) error {
 	return c.send(ctx)
 }
 
+// copyNothing leaves packs alone that were to be rewritten, where there is no
+// room for that: those in which nothing lives can go nevertheless, and make it.
+// What was copied already is stored twice, and the next vacuum keeps the older.
+func (v *vacuum) copyNothing() {
+	v.fresh = nil
+	for _, n := range slices.Clone(v.rewrite) {
+		v.spare(n, &v.report.Kept.NoSpace)
+	}
+}
+
 // A repacker fills new packs.
 type repacker struct {
 	v     *vacuum

@@ -54,6 +54,7 @@ type Kept struct {
 	Damaged     int `json:"damaged"`      // and something in them is still needed, or lost
 	Locked      int `json:"locked"`       // the storage keeps them until a time that has not come
 	TooMany     int `json:"too_many"`     // for one vacuum
+	NoSpace     int `json:"no_space"`     // to copy what lives in them: the next vacuum has it
 }
 
 // Vacuum frees what no restore point needs. It needs no keys. Backups, restores
@@ -148,7 +149,9 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 	if v.o.DryRun {
 		return nil
 	}
-	if err := v.copyLive(ctx); err != nil {
+	if err := v.copyLive(ctx); errors.Is(err, fault.ErrNoSpace) && len(v.dead) > 0 {
+		v.copyNothing()
+	} else if err != nil {
 		return err
 	}
 	if err := v.condemn(ctx); err != nil {
