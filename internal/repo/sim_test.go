@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/cryptotest"
 	"testing/synctest"
@@ -56,9 +57,9 @@ type proc struct {
 	name  string
 	rnd   *rand.Rand
 	dead  bool
-	slept bool
+	slept atomic.Bool
 	until int // the step at which it wakes up
-	ended bool
+	ended atomic.Bool
 }
 
 // A call is a call of the store that waits.
@@ -171,7 +172,7 @@ func (w *world) start(name string, do func(p *proc, r *Repository) error) {
 	p := &proc{Store: w.disk, w: w, name: name, rnd: rand.New(rand.NewPCG(w.seed, uint64(len(w.procs))))}
 	w.procs = append(w.procs, p)
 	go func() {
-		defer func() { p.ended = true }()
+		defer func() { p.ended.Store(true) }()
 		for range 1 + p.rnd.IntN(3) {
 			r, err := Open(bg, p, testKey)
 			if err == nil {
@@ -302,7 +303,7 @@ func (p *proc) restore(r *Repository) error {
 	defer release()
 	// Whoever slept for too long has lost his hold.
 	got, err := read(r, x)
-	if err != nil && p.w.isDeleted(x.ID) && p.slept {
+	if err != nil && p.w.isDeleted(x.ID) && p.slept.Load() {
 		return nil
 	}
 	if err != nil {
@@ -320,7 +321,7 @@ func (p *proc) restore(r *Repository) error {
 func (w *world) run() {
 	for step := 0; ; step++ {
 		synctest.Wait()
-		if !slices.ContainsFunc(w.procs, func(p *proc) bool { return !p.ended }) {
+		if !slices.ContainsFunc(w.procs, func(p *proc) bool { return !p.ended.Load() }) {
 			return
 		}
 		if step > 200_000 {
@@ -332,7 +333,8 @@ func (w *world) run() {
 			continue
 		case n < 27:
 			p := w.procs[w.rnd.IntN(len(w.procs))]
-			p.until, p.slept = step+w.rnd.IntN(2000), true
+			p.until = step + w.rnd.IntN(2000)
+			p.slept.Store(true)
 		case n < 29:
 			w.kill(w.procs[w.rnd.IntN(len(w.procs))])
 			continue
