@@ -89,12 +89,21 @@ func ParseBearer(s string) (Token, error) {
 	if len(s) > maxToken || len(parts) != 3 || parts[0] != tokenMagic || CheckTokenName(parts[1]) != nil {
 		return Token{}, errToken
 	}
-	b, err := base64.RawURLEncoding.Strict().DecodeString(parts[2])
+	b, err := decodeBytes(parts[2])
 	if err != nil || len(b) != secretBytes {
 		return Token{}, errToken
 	}
 	defer clear(b)
 	return Token{Name: parts[1], Secret: secret.New(b)}, nil
+}
+
+// decodeBytes is strict base64. The library passes over line ends wherever they
+// are; one value then had many spellings.
+func decodeBytes(s string) ([]byte, error) {
+	if strings.ContainsAny(s, "\r\n") {
+		return nil, errToken
+	}
+	return base64.RawURLEncoding.Strict().DecodeString(s)
 }
 
 func cutLast(s, sep string) (before, after string, ok bool) {
@@ -112,7 +121,7 @@ func (p Pin) String() string { return "sha256:" + p.text() }
 
 // ParsePin reads a pin, with or without "sha256:" before it.
 func ParsePin(s string) (Pin, error) {
-	b, err := base64.RawURLEncoding.Strict().DecodeString(strings.TrimPrefix(s, "sha256:"))
+	b, err := decodeBytes(strings.TrimPrefix(s, "sha256:"))
 	if err != nil || len(b) != len(Pin{}) {
 		return Pin{}, fmt.Errorf("%.100q is no fingerprint: want sha256: and 43 characters", s)
 	}
