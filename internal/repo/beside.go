@@ -57,26 +57,14 @@ func (v *vacuum) announce(ctx context.Context) (err error) {
 
 // beat shows other vacuums that this one lives.
 func (v *vacuum) beat() {
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan struct{})
+	stop := eachBeat(func(ctx context.Context, n int64) (more bool) {
+		_ = v.r.beat(ctx, v.id, n)
+		return true
+	})
 	v.stop = sync.OnceFunc(func() {
-		cancel()
-		<-done
+		stop()
 		liveHere(v.id, false)
 	})
-	go func() {
-		defer close(done)
-		t := time.NewTicker(beatEvery)
-		defer t.Stop()
-		for n := int64(1); ; n++ {
-			select {
-			case <-ctx.Done():
-				return
-			case <-t.C:
-				_ = v.r.beat(ctx, v.id, n)
-			}
-		}
-	}()
 }
 
 // endEarlier ends every vacuum that began before this one: what it was going

@@ -45,18 +45,6 @@ type claimWait struct {
 	failed int       // times that nobody answered
 }
 
-// pause lets a little time pass.
-func (w *claimWait) pause(ctx context.Context) error {
-	t := time.NewTimer(claimPoll)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-t.C:
-		return nil
-	}
-}
-
 // claimPack takes out of b what others have stored, and claims what is left. It
 // says whether to wait, since others are storing some of it.
 func (s *Session) claimPack(ctx context.Context, w *claimWait, b *pack.Builder) (wait bool) {

@@ -223,7 +223,7 @@ func (s *Session) storePack(b *pack.Builder) error {
 			return s.storeClaimed(&w, b)
 		}
 		<-s.r.flight
-		if err := w.pause(s.ctx); err != nil {
+		if err := sleep(s.ctx, claimPoll); err != nil {
 			return err
 		}
 	}

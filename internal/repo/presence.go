@@ -210,12 +210,23 @@ func (p *presence) own(pack [32]byte) {
 // keep beats and follows epochs until stop is called; fenced is called once
 // the outcome says that somebody revoked the session.
 func (p *presence) keep(fenced func()) {
+	p.stop = eachBeat(func(ctx context.Context, n int64) (more bool) {
+		// A store that does not answer now may do so next time.
+		_ = p.r.beat(ctx, p.id, n)
+		_ = p.follow(ctx)
+		if out, err := p.r.outcomeOf(ctx, p.id); err == nil && out.State == revoked {
+			fenced()
+			return false
+		}
+		return true
+	})
+}
+
+// eachBeat calls do with 1, 2 and so on until it gives false or stop is called,
+// which waits for the last one.
+func eachBeat(do func(ctx context.Context, n int64) (more bool)) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
-	p.stop = sync.OnceFunc(func() {
-		cancel()
-		<-done
-	})
 	go func() {
 		defer close(done)
 		t := time.NewTicker(beatEvery)
@@ -226,15 +237,15 @@ func (p *presence) keep(fenced func()) {
 				return
 			case <-t.C:
 			}
-			// A store that does not answer now may do so next time.
-			_ = p.r.beat(ctx, p.id, n)
-			_ = p.follow(ctx)
-			if out, err := p.r.outcomeOf(ctx, p.id); err == nil && out.State == revoked {
-				fenced()
+			if !do(ctx, n) {
 				return
 			}
 		}
 	}()
+	return sync.OnceFunc(func() {
+		cancel()
+		<-done
+	})
 }
 
 func (r *Repository) beat(ctx context.Context, id string, n int64) error {
