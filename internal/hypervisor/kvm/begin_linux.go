@@ -106,7 +106,7 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 			cancel()
 			b.run.Close()
 		}
-		l.unlock()
+		l.Unlock()
 		c.close()
 		return nil, err
 	}
@@ -263,21 +263,11 @@ func (b *beginning) decideAll() {
 // policy says whether grade is enough, and notes a warning where a lower one
 // is merely less than what was preferred.
 func (b *beginning) policy(grade vm.Grade, why string) error {
-	want := vm.GradeCrash
-	switch b.o.Consistency {
-	case vm.RequireApplication, vm.PreferApplication:
-		want = vm.GradeApplication
-	case vm.Filesystem:
-		want = vm.GradeFilesystem
+	warning, err := hypervisor.Accept(b.o.Consistency, grade, why)
+	if warning != "" {
+		b.warn("%s", warning)
 	}
-	if grade.AtLeast(want) {
-		return nil
-	}
-	if b.o.Consistency == vm.PreferApplication {
-		b.warn("the restore point is %s-consistent only: %s", grade, why)
-		return nil
-	}
-	return fmt.Errorf("%s consistency: %s: %w", want, why, fault.ErrConsistency)
+	return err
 }
 
 // online takes the snapshot of a VM that has a QEMU.

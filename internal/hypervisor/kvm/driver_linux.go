@@ -161,9 +161,8 @@ func (d *Driver) describe(ctx context.Context, dom *domain, state libvirt.Domain
 		Hypervisor: "kvm", State: stateWord(state)}, err
 }
 
-// A lock keeps other runs of ours away from one VM, in this process and in
-// others with the same state directory. It ends with the process.
-type lock struct{ f *os.File }
+// A lock keeps other runs of ours away from one VM.
+type lock = journal.Lock
 
 func (d *Driver) lock(dom *domain) (*lock, error) {
 	deadline := time.Now().Add(reapOthersTimeout + 5*time.Second)
@@ -185,31 +184,8 @@ const tidying = ", cleaning up"
 // tryLock gives a nil lock and its holder where somebody else has it. what is
 // told to others, after our name.
 func (d *Driver) tryLock(dom *domain, what string) (l *lock, who string, err error) {
-	dir := filepath.Join(d.stateDir, "kvm")
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, "", fmt.Errorf("state directory: %w", err)
-	}
-	f, err := os.OpenFile(filepath.Join(dir, dom.uuid()+".lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, "", fmt.Errorf("state directory: %w", err)
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		defer f.Close()
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, "", fmt.Errorf("lock VM %q: %w", dom.name, err)
-		}
-		var holder [64]byte
-		n, _ := f.ReadAt(holder[:], 0)
-		return nil, strings.TrimSpace(string(holder[:n])), nil
-	}
-	f.Truncate(0)
-	fmt.Fprintf(f, "process %d%s\n", os.Getpid(), what)
-	return &lock{f}, "", nil
+	return journal.TryLock(filepath.Join(d.stateDir, "kvm"), dom.uuid(), what)
 }
-
-// unlock may be called twice. The file stays: removing it would let two
-// processes hold locks on two files of one name.
-func (l *lock) unlock() { l.f.Close() }
 
 // openJournal finds the journal; it is made with the first backup, not by
 // listing VMs.
@@ -234,7 +210,7 @@ func (d *Driver) ResetTracking(ctx context.Context, name, repoID string) error {
 	if err != nil {
 		return err
 	}
-	defer l.unlock()
+	defer l.Unlock()
 	return dom.dropCheckpoints(ctx, prefix, "")
 }
 

@@ -239,7 +239,7 @@ func TestKilledBeforeCommit(t *testing.T) {
 	s := b.Session.(*session) // the process ends here, as far as others can tell
 	s.watching()
 	s.hangUp()
-	s.lock.unlock()
+	s.lock.Unlock()
 	h.write("vdb", 1<<20, 4096, 16)
 	c := h.backup(repoA, b, hypervisor.Options{})
 	h.wantModes(c, incremental+rawAgain)

@@ -49,7 +49,7 @@ func (b *beginning) reapOther(ctx context.Context, j *journal.Journal, other *do
 	if l == nil || err != nil {
 		return // a run of it lives, and looks after itself
 	}
-	defer l.unlock()
+	defer l.Unlock()
 	runs, err := j.Runs(other.uuid())
 	if err != nil {
 		b.warn("clean up after an interrupted run of VM %s: %v", other.name, err)

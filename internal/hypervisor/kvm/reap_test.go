@@ -51,7 +51,7 @@ func TestLeftoversOfOtherVMs(t *testing.T) {
 		}
 		os.RemoveAll(dir)
 	}
-	l.unlock()
+	l.Unlock()
 	if left, err := j.Machines(); err != nil || len(left) != 2 {
 		t.Errorf("left in the journal: %v, %v", left, err)
 	}
@@ -65,12 +65,12 @@ func TestLockOfACleanerIsWaitedFor(t *testing.T) {
 	if l == nil || err != nil {
 		t.Fatal(err)
 	}
-	time.AfterFunc(100*time.Millisecond, l.unlock)
+	time.AfterFunc(100*time.Millisecond, l.Unlock)
 	mine, err := d.lock(dom)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer mine.unlock()
+	defer mine.Unlock()
 	start := time.Now()
 	if _, err := d.lock(dom); !errors.Is(err, fault.ErrLocked) || time.Since(start) > 4*time.Second {
 		t.Errorf("a running backup: %v after %v", err, time.Since(start))

@@ -328,7 +328,7 @@ func (s *session) finish(ctx context.Context, commit bool) error {
 		err = fmt.Errorf("VM %q: clean up: %w", s.dom.name, err)
 	}
 	s.run.Close()
-	s.lock.unlock()
+	s.lock.Unlock()
 	s.dom.close()
 	s.mu.Lock()
 	s.end = err
