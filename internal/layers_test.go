@@ -18,9 +18,9 @@ import (
 //
 // If this test fails, the plan is usually right and the import wrong.
 var layers = []string{
-	"extent chunk vm fault secret api",
+	"extent chunk vm fault secret api winpath",
 	"point",
-	"retention blob image nbd wsman volume lab keycommand",
+	"retention blob image nbd wsman smb volume lab keycommand",
 	"hypervisor guestfs reposerver",
 	"repo",
 	"vdisk backup",
