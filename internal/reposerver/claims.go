@@ -1,7 +1,6 @@
 package reposerver
 
 import (
-	"container/list"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -13,36 +12,20 @@ import (
 	"time"
 
 	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/claims"
 	"github.com/backstay/backstay/internal/blob/remote"
 	"github.com/backstay/backstay/internal/fault"
-)
-
-const (
-	// claimFor is how long somebody may take to store what he claimed, by the
-	// monotonic clock; longer than anybody waits for him.
-	claimFor = 2 * time.Minute
-	// settledFor is how long it is remembered what lies in which pack: until
-	// clients have seen the index object that says so.
-	settledFor = 10 * time.Minute
 )
 
 // connKey is where a request's context has its connection.
 type connKey struct{}
 
-// claims is what clients are storing right now, and what they stored a moment
-// ago, so that two do not store the same. It is in memory alone: nothing may
-// rely on it.
-type claims struct {
-	max, perName int
-	since        func(time.Time) time.Duration
-	begun        time.Time
-
-	mu     sync.Mutex
-	keys   map[claimKey]*claim
-	open   map[ticketKey]*claim
-	conns  map[net.Conn]map[*claim]bool
-	shares map[string]*share // by token
-	kept   int               // keys of all shares
+// claimed is what clients are storing right now, and what they stored a moment
+// ago, so that two do not store the same. It is in memory alone, and apart from
+// what writers in the repository's directory claim.
+type claimed struct {
+	mu    sync.Mutex
+	table *claims.Table[claimKey, ticketKey, net.Conn]
 }
 
 type claimKey struct {
@@ -55,171 +38,61 @@ type ticketKey struct {
 	ticket      blob.Ticket
 }
 
-// A claim is open until it is settled, its time is over, or its connection is
-// gone.
-type claim struct {
-	of      ticketKey
-	keys    []blob.ClaimKey
-	conn    net.Conn
-	pack    [32]byte
-	settled bool
-	until   time.Duration
-	queue   *list.List // of its share
-	place   *list.Element
-}
-
-// A share is what one token's clients keep.
-type share struct {
-	keys          int
-	open, settled list.List // oldest first
-}
-
-func newClaims(l limits, since func(time.Time) time.Duration) *claims {
-	return &claims{
-		max: l.claims, perName: l.claimsPerName, since: since, begun: time.Now(),
-		keys: map[claimKey]*claim{}, open: map[ticketKey]*claim{}, conns: map[net.Conn]map[*claim]bool{}, shares: map[string]*share{},
-	}
+func newClaims(l limits, since func(time.Time) time.Duration) *claimed {
+	begun := time.Now()
+	return &claimed{table: claims.NewTable[claimKey, ticketKey, net.Conn](
+		claims.Limits{Keys: l.claims, PerShare: l.claimsPerName},
+		func() time.Duration { return since(begun) },
+	)}
 }
 
 // claim answers what each key is, and gives those that are free to the ticket if
 // nobody is storing any of them.
-func (c *claims) claim(of ticketKey, keys []blob.ClaimKey, conn net.Conn) *remote.Claimed {
+func (c *claimed) claim(of ticketKey, keys []blob.ClaimKey, conn net.Conn) *remote.Claimed {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.expire()
-	if was := c.open[of]; was != nil {
-		c.drop(was)
-	}
+	c.table.Expire()
+	c.table.End(of)
 	answer := &remote.Claimed{}
 	busy := false
-	free := make([]blob.ClaimKey, 0, len(keys))
+	free := make([]claimKey, 0, len(keys))
 	for _, k := range keys {
-		switch has := c.keys[claimKey{of.repo, k}]; {
-		case has == nil:
+		at := claimKey{of.repo, k}
+		switch state, _, pack := c.table.Get(at); state {
+		case claims.Free:
 			answer.Free()
-			free = append(free, k)
-		case has.settled:
-			answer.In(has.pack)
-		default:
+			free = append(free, at)
+		case claims.In:
+			answer.In(pack)
+		case claims.Busy:
 			answer.Busy()
 			busy = true
 		}
 	}
-	if !busy && len(free) > 0 && c.room(of.token, len(free)) {
-		c.keep(&claim{of: of, keys: free, conn: conn})
+	if !busy {
+		c.table.Begin(of, conn, of.token, free)
 	}
 	return answer
 }
 
-// room makes room for n keys of a token, at the cost of what it settled longest
-// ago. Where there is none a claim is not kept, and others store the same.
-func (c *claims) room(token string, n int) bool {
-	s := c.shares[token]
-	for s != nil && (s.keys+n > c.perName || c.kept+n > c.max) {
-		oldest := s.settled.Front()
-		if oldest == nil {
-			break
-		}
-		c.drop(oldest.Value.(*claim))
-		s = c.shares[token]
-	}
-	return n <= c.perName && c.kept+n <= c.max && (s == nil || s.keys+n <= c.perName)
-}
-
-func (c *claims) keep(cl *claim) {
-	s := c.shares[cl.of.token]
-	if s == nil {
-		s = &share{}
-		c.shares[cl.of.token] = s
-	}
-	// A key that is named twice counts once.
-	mine := cl.keys[:0]
-	for _, k := range cl.keys {
-		if at := (claimKey{cl.of.repo, k}); c.keys[at] == nil {
-			c.keys[at] = cl
-			mine = append(mine, k)
-		}
-	}
-	cl.keys = mine
-	s.keys += len(mine)
-	c.kept += len(mine)
-	c.open[cl.of] = cl
-	if c.conns[cl.conn] == nil {
-		c.conns[cl.conn] = map[*claim]bool{}
-	}
-	c.conns[cl.conn][cl] = true
-	cl.until = c.since(c.begun) + claimFor
-	cl.queue = &s.open
-	cl.place = cl.queue.PushBack(cl)
-}
-
 // settle moves a claim to those that say where something lies, if pack is not
 // nil, and otherwise ends it. One that is over is no error.
-func (c *claims) settle(of ticketKey, pack *[32]byte) {
+func (c *claimed) settle(of ticketKey, pack *[32]byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.expire()
-	cl := c.open[of]
-	if cl == nil {
-		return
-	}
+	c.table.Expire()
 	if pack == nil {
-		c.drop(cl)
+		c.table.End(of)
 		return
 	}
-	c.shut(cl)
-	cl.pack, cl.settled = *pack, true
-	cl.until = c.since(c.begun) + settledFor
-	cl.queue.Remove(cl.place)
-	cl.queue = &c.shares[of.token].settled
-	cl.place = cl.queue.PushBack(cl)
-}
-
-// shut makes cl no longer open.
-func (c *claims) shut(cl *claim) {
-	delete(c.open, cl.of)
-	delete(c.conns[cl.conn], cl)
-	if len(c.conns[cl.conn]) == 0 {
-		delete(c.conns, cl.conn)
-	}
-	cl.conn = nil
-}
-
-// drop forgets cl.
-func (c *claims) drop(cl *claim) {
-	if !cl.settled {
-		c.shut(cl)
-	}
-	for _, k := range cl.keys {
-		delete(c.keys, claimKey{cl.of.repo, k})
-	}
-	s := c.shares[cl.of.token]
-	cl.queue.Remove(cl.place)
-	c.kept -= len(cl.keys)
-	if s.keys -= len(cl.keys); s.open.Len() == 0 && s.settled.Len() == 0 {
-		delete(c.shares, cl.of.token)
-	}
-}
-
-// expire drops what is too old.
-func (c *claims) expire() {
-	now := c.since(c.begun)
-	for _, s := range c.shares {
-		for _, queue := range []*list.List{&s.open, &s.settled} {
-			for e := queue.Front(); e != nil && e.Value.(*claim).until <= now; e = queue.Front() {
-				c.drop(e.Value.(*claim))
-			}
-		}
-	}
+	c.table.Settle(of, *pack)
 }
 
 // hangUp ends what was claimed over a connection that is gone.
-func (c *claims) hangUp(conn net.Conn) {
+func (c *claimed) hangUp(conn net.Conn) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for cl := range c.conns[conn] {
-		c.drop(cl)
-	}
+	c.table.HangUp(conn)
 }
 
 // packName is the name of the pack with that hash, as in

@@ -80,7 +80,7 @@ type Server struct {
 	release func()
 	noise   quiet
 	quota   quotas
-	claims  *claims
+	claims  *claimed
 
 	mu    sync.Mutex
 	repos map[string]*file.Store

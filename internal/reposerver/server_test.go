@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -112,6 +113,15 @@ func (g *rig) openAs(tok remote.Token, repo string) *remote.Store {
 }
 
 func TestConformance(t *testing.T) {
+	t.Run("claims", func(t *testing.T) {
+		blobtest.RunClaimer(t, func(t *testing.T) func() blob.Store {
+			g, n := serve(t, Options{ImmutableFor: -1}), 0
+			return func() blob.Store {
+				n++
+				return g.open(fmt.Sprintf("client%d", n), Backup, "r")
+			}
+		})
+	})
 	t.Run("as it is", func(t *testing.T) {
 		blobtest.Run(t, func(t *testing.T) blob.Store {
 			return serve(t, Options{ImmutableFor: -1}).open("a", Admin, "r")
