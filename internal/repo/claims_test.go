@@ -8,10 +8,14 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/file"
+	"github.com/backstay/backstay/internal/blob/file/filetest"
 	"github.com/backstay/backstay/internal/blob/mem"
 	"github.com/backstay/backstay/internal/blob/remote"
 	"github.com/backstay/backstay/internal/blob/retry"
@@ -205,6 +209,91 @@ func TestWritersThroughAServer(t *testing.T) {
 	mostlyOnce(t, open())
 }
 
+// A writer that begins later goes fast over what another one has stored, catches
+// up with it in the middle of what they have in common, and from there on both
+// have the same at hand, pack by pack.
+func TestAWriterCatchesUp(t *testing.T) {
+	impatience(t, 10*time.Minute, 10*time.Millisecond)
+	realBeats(t)
+	const chunks, perPack, ahead = 48, 4, 20
+	open := inDirectory(t)
+	content := noise(81, chunks*testChunk)
+	write := func(s *Session, w *DiskWriter, from, to int64) error {
+		for i := from; i < to; i++ {
+			if _, err := w.Put(bg, i, cut(content, i)); err != nil {
+				return err
+			}
+			if i%perPack == perPack-1 {
+				if err := s.flush(bg); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	begin := func() (*Session, *DiskWriter) {
+		s, err := mustOpen(t, open()).Begin(bg, SessionOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w, err := s.Disk(bg, int64(len(content)), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s, w
+	}
+	end := func(s *Session, w *DiskWriter, name string) error {
+		m, err := w.Finish(bg)
+		if err != nil {
+			return err
+		}
+		return s.Commit(bg, newPoint(name, m, int64(len(content))))
+	}
+	s1, w1 := begin()
+	defer s1.Abort(bg)
+	if err := write(s1, w1, 0, ahead); err != nil {
+		t.Fatal(err)
+	}
+	if err := s1.writeIndex(bg); err != nil {
+		t.Fatal(err)
+	}
+	s2, w2 := begin()
+	defer s2.Abort(bg)
+	everyoneDies() // as if they were two processes
+	if err := write(s2, w2, 0, ahead); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for _, x := range []struct {
+		s    *Session
+		w    *DiskWriter
+		name string
+	}{{s1, w1, "web01"}, {s2, w2, "web02"}} {
+		wg.Go(func() {
+			err := write(x.s, x.w, ahead, chunks)
+			if err == nil {
+				err = end(x.s, x.w, x.name)
+			}
+			if err != nil {
+				t.Errorf("%s: %v", x.name, err)
+			}
+		})
+	}
+	wg.Wait()
+	mostlyOnce(t, open())
+	r := mustOpen(t, open())
+	points, err := r.Points(bg)
+	if err != nil || len(points) != 2 {
+		t.Fatalf("%d points: %v", len(points), err)
+	}
+	for _, p := range points {
+		if got, err := readDisk(r, p); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("%s is lost: %v", p.Ref(), err)
+		}
+	}
+	mustCheck(t, r, CheckOptions{ReadData: true})
+}
+
 // sharedKeys are the keys of what all writers have in common.
 func sharedKeys(t *testing.T, st blob.Store) (keys []blob.ClaimKey) {
 	t.Helper()
@@ -218,25 +307,93 @@ func sharedKeys(t *testing.T, st blob.Store) (keys []blob.ClaimKey) {
 	return keys
 }
 
+// inDirectory makes a repository in a directory, and gives what opens it once
+// more, as another process does.
+func inDirectory(t *testing.T) (open func() blob.Store) {
+	t.Helper()
+	dir := t.TempDir()
+	open = func() blob.Store {
+		st, err := file.Open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { st.Close() })
+		return st
+	}
+	mustInit(t, open())
+	return open
+}
+
+// claimShared claims what all writers have in common, for st.
+func claimShared(t *testing.T, st blob.Store, others ...blob.Store) {
+	t.Helper()
+	keys := sharedKeys(t, st)
+	if busy, in, err := st.(blob.Claimer).Claim(bg, blob.Ticket{1}, keys); busy > 0 || len(in) > 0 || err != nil {
+		t.Fatal(busy, in, err)
+	}
+	for _, other := range others {
+		if busy, _, err := other.(blob.Claimer).Claim(bg, blob.Ticket{2}, keys); busy != len(keys) || err != nil {
+			t.Fatalf("%d of %d keys are claimed: %v", busy, len(keys), err)
+		}
+	}
+}
+
 // When somebody dies who has claimed what all need, the others go on at once, and
 // store it once.
 func TestAClaimantDies(t *testing.T) {
 	impatience(t, 10*time.Minute, 20*time.Millisecond) // in vain it would be too long
 	realBeats(t)
-	open := served(t)
-	keys := sharedKeys(t, open())
-	claimant := open()
-	if busy, in, err := claimant.(blob.Claimer).Claim(bg, blob.Ticket{1}, keys); busy > 0 || len(in) > 0 || err != nil {
-		t.Fatal(busy, in, err)
+	for where, create := range map[string]func(*testing.T) func() blob.Store{"through a server": served, "in a directory": inDirectory} {
+		t.Run(where, func(t *testing.T) {
+			open := create(t)
+			claimant := open()
+			claimShared(t, claimant, open())
+			timer := time.AfterFunc(100*time.Millisecond, func() { claimant.Close() }) // its connections, or locks
+			defer timer.Stop()
+			writeTogether(t, 2, open)
+			mostlyOnce(t, open())
+		})
 	}
-	other := open().(blob.Claimer)
-	if busy, _, err := other.Claim(bg, blob.Ticket{2}, keys); busy != len(keys) || err != nil {
-		t.Fatalf("%d of %d keys are claimed: %v", busy, len(keys), err)
-	}
-	timer := time.AfterFunc(100*time.Millisecond, func() { claimant.Close() }) // its connections
-	defer timer.Stop()
+}
+
+// When somebody is stopped who has claimed what all need, the others wait for
+// him once, and not for ever.
+func TestAClaimantIsStopped(t *testing.T) {
+	impatience(t, 100*time.Millisecond, 20*time.Millisecond)
+	realBeats(t)
+	open := inDirectory(t)
+	claimShared(t, open(), open())
 	writeTogether(t, 2, open)
-	mostlyOnce(t, open())
+}
+
+// Whatever is wrong with the place for claims, backups go on without.
+func TestNoPlaceForClaims(t *testing.T) {
+	for _, op := range []string{"share", "sharelock", "sharesize", "shareread", "sharewrite", "sharetruncate"} {
+		for _, with := range []error{syscall.ENOSPC, syscall.EIO, syscall.EACCES} {
+			for _, first := range []int64{1, 4} {
+				disk := filetest.New()
+				open := func() blob.Store { return file.OpenFS(disk, "disk") }
+				mustInit(t, open())
+				var n atomic.Int64
+				disk.Hook(func(o, _ string) error {
+					if o == op && n.Add(1) >= first {
+						return with
+					}
+					return nil
+				})
+				content := noise(75, 3*testChunk)
+				p := mustBackup(t, mustOpen(t, open()), "web01", content, nil, nil)
+				r := mustOpen(t, open())
+				if got, err := readDisk(r, p); err != nil || !bytes.Equal(got, content) {
+					t.Errorf("%s: %v: it is lost: %v", op, with, err)
+				}
+				mustCheck(t, r, CheckOptions{ReadData: true})
+				if first == 1 && n.Load() == 0 && op != "sharetruncate" {
+					t.Errorf("nobody asked for %s", op)
+				}
+			}
+		}
+	}
 }
 
 // A claimer makes answers for a store that keeps no claims.

@@ -21,6 +21,8 @@ const (
 
 func init() {
 	if dir := os.Getenv(manyDir); dir != "" {
+		claimPatience, claimPoll = 10*time.Minute, 20*time.Millisecond // also on a busy machine
+		claimAnswer = claimPatience
 		seed, _ := strconv.ParseUint(os.Getenv(manySeed), 10, 64)
 		if err := beOneOfMany(dir, seed); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -79,10 +81,10 @@ func beOneOfMany(dir string, seed uint64) error {
 	return nil
 }
 
-// Sixteen processes write one repository at once; 30 % of each disk is that of
-// all others. Nothing is lost, and what was stored twice is gone after a vacuum.
-// If each begins when the one before has stored, and not yet committed, what they
-// have in common, nothing is stored twice.
+// Sixteen processes write one repository in a directory at once; 30 % of each
+// disk is that of all others. Nothing is lost and nothing is stored twice, be it
+// that all begin at the same moment, or each when the one before has stored, and
+// not yet committed, what they have in common.
 func TestManyWriters(t *testing.T) {
 	exe, err := os.Executable()
 	if err != nil {
@@ -172,7 +174,7 @@ func TestManyWriters(t *testing.T) {
 			check()
 			twice, bytes := duplicates(t, st)
 			t.Logf("%d writers: %d of %d bytes are there twice (%.2f %%)", writers, twice, bytes, 100*float64(twice)/float64(bytes))
-			if apart && twice*1000 >= bytes {
+			if twice*1000 >= bytes {
 				t.Errorf("%d of %d bytes are there twice", twice, bytes)
 			}
 			finish(t, st)
@@ -185,7 +187,7 @@ func TestManyWriters(t *testing.T) {
 }
 
 // A writer that began before another one had stored anything, and comes later to
-// what both have, does not store it again.
+// what both have, does not store it again, also where nobody keeps claims.
 func TestAWriterSeesWhatOthersStoredMeanwhile(t *testing.T) {
 	st, _ := newRepo(t)
 	shared := noise(61, 10*testChunk)

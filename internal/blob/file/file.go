@@ -20,12 +20,14 @@ import (
 	"sync"
 
 	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/claims"
 	"github.com/backstay/backstay/internal/fault"
 )
 
 const tmpDir = "tmp"
 
-// A Store keeps objects in a directory; it is a blob.Store and a blob.Locker.
+// A Store keeps objects in a directory; it is a blob.Store, a blob.Locker
+// and, on most file systems, a blob.Claimer.
 type Store struct {
 	fs    FS
 	url   string
@@ -33,6 +35,10 @@ type Store struct {
 	open  handles
 	bufs  sync.Pool
 	close func() error
+
+	// claims are what the writers of all processes are storing; nil where the
+	// file system has no place for them.
+	claims *claims.Log
 
 	sweepOnce  sync.Once
 	sweepErr   error
@@ -99,8 +105,12 @@ func OpenFS(f FS, url string) *Store {
 	s := &Store{fs: f, url: url, dirs: newDirs(f)}
 	s.open.fs = f
 	s.bufs.New = func() any { b := make([]byte, 1<<20); return &b }
+	s.claims = s.newClaims()
 	s.close = sync.OnceValue(func() error {
 		s.open.closeAll()
+		if s.claims != nil {
+			_ = s.claims.Close()
+		}
 		if s.releaseTmp != nil {
 			s.releaseTmp()
 		}

@@ -29,6 +29,18 @@ func TestConformance(t *testing.T) {
 	t.Run("simulated disk", func(t *testing.T) {
 		blobtest.Run(t, func(t *testing.T) blob.Store { return file.OpenFS(filetest.New(), "disk") })
 	})
+	t.Run("claims in a directory", func(t *testing.T) {
+		blobtest.RunClaimer(t, func(t *testing.T) func() blob.Store {
+			dir := t.TempDir()
+			return func() blob.Store { return create(t, dir) }
+		})
+	})
+	t.Run("claims on a simulated disk", func(t *testing.T) {
+		blobtest.RunClaimer(t, func(t *testing.T) func() blob.Store {
+			disk := filetest.New()
+			return func() blob.Store { return file.OpenFS(disk, "disk") }
+		})
+	})
 }
 
 func create(t *testing.T, dir string) *file.Store {

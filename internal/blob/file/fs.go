@@ -7,6 +7,8 @@ import (
 	"path"
 	"runtime"
 	"time"
+
+	"github.com/backstay/backstay/internal/blob/claims"
 )
 
 // FS is what Store asks of a file system. Names are slash-separated, without
@@ -36,6 +38,15 @@ type FS interface {
 	// notes the holder in it. It gives fault.ErrLocked.
 	Lock(name string, exclusive bool) (release func(), err error)
 	Close() error
+}
+
+// A SharedFS is an FS with files that several processes read and write by turns.
+// A store on an FS without them keeps no claims.
+type SharedFS interface {
+	FS
+	// Share opens the named file, which it makes if need be. It gives ErrNoLocks
+	// where a file can't have locks.
+	Share(name string) (claims.File, error)
 }
 
 // A File is an open file: for reading, or for writing from front to back.

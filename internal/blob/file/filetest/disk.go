@@ -44,6 +44,7 @@ type inode struct {
 
 	// Of a file: what readers see, and what survives for certain.
 	data, synced []byte
+	locked       map[int64]*shared // bytes of it
 
 	// Of a directory: what names lead to, and for names that changed since the
 	// last sync also what they led to before, oldest first.
