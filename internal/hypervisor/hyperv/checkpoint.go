@@ -1,0 +1,405 @@
+package hyperv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor/journal"
+	"github.com/backstay/backstay/internal/wsman"
+)
+
+// Kinds of journal entries. They are on disk between two runs, perhaps of two
+// versions: add to them, never rename.
+const (
+	kindCheckpoint = "checkpoint"      // name: the run
+	kindReference  = "reference-point" // name: its InstanceID; it stays as long as its reference point
+)
+
+// What an entry says besides.
+const (
+	dataHost      = "host"      // URL of the host, without secrets
+	dataRepo      = "repo"      // prefix of the repository's names
+	dataRun       = "run"       // of a reference point: which run made it
+	dataType      = "type"      // of checkpoint: VirtualSystemType
+	dataBefore    = "before"    // ids of the checkpoints that were there, a line each
+	dataJob       = "job"       // path of the job that makes it
+	dataID        = "id"        // InstanceID of the checkpoint
+	dataDurable   = "durable"   // the restore point is: never destroy, convert
+	dataRefBefore = "refbefore" // ids of the reference points before converting, a line each
+	dataRefJob    = "refjob"    // path of the job that converts it
+)
+
+// Kinds of checkpoint, as CreateSnapshot numbers them.
+const (
+	snapshotFull     = 2 // with the guest's memory
+	snapshotRecovery = 32768
+)
+
+// How still the host is asked to hold the guest.
+const (
+	levelApplication = 1
+	levelCrash       = 2
+)
+
+// backupCopy leaves the logs of applications in the guest to those whose they
+// are.
+const backupCopy = 2
+
+// A target is one VM and where its journal is: what checkpoints are made of and
+// undone with.
+type target struct {
+	*client
+	system
+	run    *journal.Run
+	prefix string
+	// settleTime is how long a job of a run that died, or of one that is
+	// cancelled, is waited for.
+	settleTime time.Duration
+	// busyTime is how long a host that is busy with the VM is asked again.
+	busyTime time.Duration
+}
+
+func ids(list []settings) (out []string) {
+	for _, s := range list {
+		out = append(out, s.id)
+	}
+	return out
+}
+
+func lines(s string) []string { return strings.FieldsFunc(s, func(r rune) bool { return r == '\n' }) }
+
+// checkpoint makes one and gives it, with what the host warned of on the way.
+// e is its journal entry, which is noted before anything is made and says more
+// with every step. Level 0 saves the guest's memory.
+func (t *target) checkpoint(ctx context.Context, e journal.Entry, level uint8) (s settings, warning, err error) {
+	kind, in := typeRecovery, []wsman.Argument{wsman.Arg("AffectedSystem", wsman.Of(t.ref))}
+	if level == 0 {
+		kind = typeCheckpoint
+		in = append(in, wsman.Arg("SnapshotSettings", wsman.Of("")), wsman.Arg("SnapshotType", wsman.Of(uint16(snapshotFull))))
+	} else {
+		how := wsman.NewInstance("Msvm_VirtualSystemSnapshotSettingData").
+			Set("ConsistencyLevel", wsman.Of(level)).
+			Set("GuestBackupType", wsman.Of(uint8(backupCopy))).
+			Set("IgnoreNonSnapshottableDisks", wsman.Of(true))
+		in = append(in, wsman.Arg("SnapshotSettings", wsman.Of(how)), wsman.Arg("SnapshotType", wsman.Of(uint16(snapshotRecovery))))
+	}
+	before, err := t.checkpoints(ctx, t.system, kind)
+	if err != nil {
+		return s, nil, err
+	}
+	e.Data[dataType], e.Data[dataBefore] = kind, strings.Join(ids(before), "\n")
+	delete(e.Data, dataJob)
+	delete(e.Data, dataID)
+	if err := t.run.Note(e); err != nil {
+		return s, nil, err
+	}
+	var out object
+	var job wsman.Ref
+	err = t.patiently(ctx, func() (err error) {
+		out, job, err = t.start(ctx, familyCIM, service(classSnapshots), "CreateSnapshot", in...)
+		return err
+	})
+	if neverBegan(err) {
+		return s, nil, errors.Join(err, t.run.Done(e.Kind, e.Name))
+	}
+	if err != nil {
+		return s, nil, err
+	}
+	if job.Class != "" {
+		e.Data[dataJob] = job.String()
+		if err := t.run.Note(e); err != nil {
+			return s, nil, err
+		}
+		if err := t.wait(ctx, "CreateSnapshot", job); warned(err) {
+			warning = err // it is there, and may be less than it was asked to be
+		} else if err != nil {
+			return s, nil, err
+		}
+	}
+	if made := out.ref("ResultingSnapshot"); made.Class != "" {
+		in, err := t.Get(ctx, made)
+		if err != nil {
+			return s, nil, fmt.Errorf("read the checkpoint: %w", err)
+		}
+		s = asSettings(object{in})
+	} else if s, err = t.find(ctx, e, true); err != nil {
+		return s, nil, err
+	}
+	e.Data[dataID] = s.id
+	if err := t.run.Note(e); err != nil {
+		return s, nil, err
+	}
+	t.rename(ctx, s, t.prefix+e.Name)
+	return s, warning, nil
+}
+
+// neverBegan says whether a call surely did nothing: the host said no, or was
+// not reached.
+func neverBegan(err error) bool {
+	var code *ReturnError
+	var refused *wsman.Fault
+	var cut *wsman.ConnectionError
+	var who *wsman.SignInError
+	switch {
+	case errors.As(err, &code), errors.As(err, &who):
+		return true
+	case errors.As(err, &refused):
+		return !errors.Is(err, wsman.ErrTimedOut)
+	}
+	return errors.As(err, &cut) && !cut.Sent
+}
+
+// rename gives a checkpoint our name, by which people know whose it is. It is
+// found by its id, so that a host that refuses costs nothing.
+func (t *target) rename(ctx context.Context, s settings, name string) {
+	t.do(ctx, familyMsvm, service(classManagement), "ModifySystemSettings", wsman.Arg("SystemSettings",
+		wsman.Of(wsman.NewInstance(classSettings).Set("InstanceID", wsman.Of(s.id)).Set("ElementName", wsman.Of(name)))))
+}
+
+// An UnknownError says that there are checkpoints of which nobody can say
+// whether they are ours.
+type UnknownError struct{ IDs []string }
+
+func (e *UnknownError) Error() string {
+	return fmt.Sprintf("the host does not say which checkpoint it made; new since then, and left alone: %s", strings.Join(e.IDs, ", "))
+}
+
+// errNoCheckpoint says that there is no checkpoint of an entry, or no more.
+var errNoCheckpoint = fmt.Errorf("no checkpoint was made: %w", fault.ErrNotFound)
+
+// find is the checkpoint that e is about: that which the host says our job
+// made, or that which has our name. If the job is known to have made one, it is
+// the only one that is new.
+func (t *target) find(ctx context.Context, e journal.Entry, sure bool) (settings, error) {
+	have, err := t.checkpoints(ctx, t.system, e.Data[dataType])
+	if err != nil {
+		return settings{}, err
+	}
+	byID := func(id string) (settings, bool) {
+		i := slices.IndexFunc(have, func(s settings) bool { return strings.EqualFold(s.id, id) })
+		if i < 0 {
+			return settings{}, false
+		}
+		return have[i], true
+	}
+	if id := e.Data[dataID]; id != "" {
+		if s, ok := byID(id); ok {
+			return s, nil
+		}
+		return settings{}, errNoCheckpoint
+	}
+	for _, s := range have {
+		if s.text("ElementName") == t.prefix+e.Name {
+			return s, nil
+		}
+	}
+	if job := parseRef(e.Data[dataJob]); job.Class != "" {
+		made, err := t.made(ctx, job, classSettings)
+		if err != nil {
+			return settings{}, err
+		}
+		for _, p := range made {
+			if s, ok := byID(p.Key("InstanceID")); ok {
+				return s, nil
+			}
+		}
+	}
+	before := lines(e.Data[dataBefore])
+	fresh := slices.DeleteFunc(slices.Clone(have), func(s settings) bool {
+		return slices.Contains(before, s.id)
+	})
+	switch {
+	case len(fresh) == 0:
+		return settings{}, errNoCheckpoint
+	case len(fresh) == 1 && sure:
+		return fresh[0], nil
+	}
+	return settings{}, &UnknownError{ids(fresh)}
+}
+
+// settle waits for the job of an entry, if it goes on, and finds what it made.
+func (t *target) settle(ctx context.Context, e journal.Entry) (settings, error) {
+	sure := false
+	if job := parseRef(e.Data[dataJob]); job.Class != "" && e.Data[dataID] == "" {
+		waiting, cancel := context.WithTimeout(ctx, t.settleTime)
+		defer cancel()
+		err := t.wait(waiting, "CreateSnapshot", job)
+		if waiting.Err() != nil {
+			return settings{}, err
+		}
+		sure = err == nil || warned(err)
+	}
+	return t.find(ctx, e, sure)
+}
+
+// drop destroys the checkpoint of an entry and strikes it off. what says what
+// was done.
+func (t *target) drop(ctx context.Context, e journal.Entry) (what string, err error) {
+	s, err := t.settle(ctx, e)
+	if errors.Is(err, errNoCheckpoint) {
+		return "", t.run.Done(e.Kind, e.Name)
+	}
+	if err != nil {
+		return "", err
+	}
+	err = t.patiently(ctx, func() error {
+		_, err := t.do(ctx, familyCIM, service(classSnapshots), "DestroySnapshot", wsman.Arg("AffectedSnapshot", wsman.Of(s.ref)))
+		return err
+	})
+	if err != nil && !warned(err) {
+		if _, e := t.Get(ctx, s.ref); !errors.Is(e, fault.ErrNotFound) {
+			return "", err
+		}
+	}
+	return "destroyed checkpoint " + s.text("ElementName"), t.run.Done(e.Kind, e.Name)
+}
+
+// references are the ids of a VM's reference points.
+func (t *target) references(ctx context.Context) (out []string, err error) {
+	list, err := t.query(ctx, associated(t.ref, "Msvm_ReferencePointOfVirtualSystem", classReference))
+	if err != nil {
+		return nil, fmt.Errorf("list its reference points: %w", err)
+	}
+	for _, o := range list {
+		out = append(out, o.text("InstanceID"))
+	}
+	return out, nil
+}
+
+// convert makes a reference point of the checkpoint of an entry, whose restore
+// point is durable. It can be begun again wherever it was cut off.
+func (t *target) convert(ctx context.Context, e journal.Entry) (what string, err error) {
+	if _, begun := e.Data[dataRefBefore]; !begun {
+		before, err := t.references(ctx)
+		if err != nil {
+			return "", err
+		}
+		e.Data[dataDurable], e.Data[dataRefBefore] = "yes", strings.Join(before, "\n")
+		if err := t.run.Note(e); err != nil {
+			return "", err
+		}
+	}
+	sure := false
+	if job := parseRef(e.Data[dataRefJob]); job.Class != "" {
+		// What an earlier run began may still go on.
+		waiting, cancel := context.WithTimeout(ctx, t.settleTime)
+		defer cancel()
+		err := t.wait(waiting, "ConvertToReferencePoint", job)
+		if waiting.Err() != nil {
+			return "", err
+		}
+		sure = err == nil || warned(err)
+	}
+	var made wsman.Ref
+	s, err := t.find(ctx, e, false)
+	switch {
+	case errors.Is(err, errNoCheckpoint):
+	case err != nil:
+		return "", err
+	default:
+		if made, err = t.toReference(ctx, e, s); err != nil {
+			return "", err
+		}
+		sure = true
+	}
+	if made.Class == "" && sure {
+		if made, err = t.newReference(ctx, e); err != nil {
+			return "", err
+		}
+	}
+	if made.Class != "" {
+		err = t.run.Note(journal.Entry{Kind: kindReference, Name: made.Key("InstanceID"),
+			Data: map[string]string{dataHost: e.Data[dataHost], dataRepo: e.Data[dataRepo], dataRun: e.Name}})
+		if err != nil {
+			return "", err
+		}
+	}
+	if err := t.run.Done(e.Kind, e.Name); err != nil {
+		return "", err
+	}
+	if made.Class == "" {
+		return "", fmt.Errorf("the host does not say which reference point it made, so that the next backup reads everything")
+	}
+	return "converted checkpoint " + e.Name + " into a reference point", nil
+}
+
+func (t *target) toReference(ctx context.Context, e journal.Entry, s settings) (made wsman.Ref, err error) {
+	var out object
+	err = t.patiently(ctx, func() error {
+		var job wsman.Ref
+		var err error
+		out, job, err = t.start(ctx, familyCIM, service(classSnapshots), "ConvertToReferencePoint",
+			wsman.Arg("AffectedSnapshot", wsman.Of(s.ref)), wsman.Arg("ReferencePointSettings", wsman.Of("")))
+		if err != nil || job.Class == "" {
+			return err
+		}
+		e.Data[dataRefJob] = job.String()
+		if err := t.run.Note(e); err != nil {
+			return err
+		}
+		return t.wait(ctx, "ConvertToReferencePoint", job)
+	})
+	if err != nil && !warned(err) {
+		return made, err
+	}
+	return out.ref("ResultingReferencePoint"), nil
+}
+
+// newReference is the reference point that the host says our job made, or the
+// only one that is new; none where there are none or several. One that another
+// product made is of another moment, and to take it for ours would miss writes.
+func (t *target) newReference(ctx context.Context, e journal.Entry) (none wsman.Ref, err error) {
+	if job := parseRef(e.Data[dataRefJob]); job.Class != "" {
+		made, err := t.made(ctx, job, classReference)
+		if err != nil {
+			return none, err
+		}
+		if len(made) == 1 {
+			return made[0], nil
+		}
+	}
+	now, err := t.references(ctx)
+	if err != nil {
+		return none, err
+	}
+	before := lines(e.Data[dataRefBefore])
+	now = slices.DeleteFunc(now, func(id string) bool { return slices.Contains(before, id) })
+	if len(now) != 1 {
+		return none, nil
+	}
+	return instance(classReference, now[0]), nil
+}
+
+// forget destroys a reference point of ours and strikes it off.
+func (t *target) forget(ctx context.Context, run *journal.Run, e journal.Entry) error {
+	p := instance(classReference, e.Name)
+	err := t.patiently(ctx, func() error {
+		_, err := t.do(ctx, familyCIM, service(classReferences), "DestroyReferencePoint", wsman.Arg("AffectedReferencePoint", wsman.Of(p)))
+		return err
+	})
+	if err != nil && !warned(err) {
+		if _, e := t.Get(ctx, p); !errors.Is(e, fault.ErrNotFound) {
+			return fmt.Errorf("reference point %s: %w", p.Key("InstanceID"), err)
+		}
+	}
+	return run.Done(e.Kind, e.Name)
+}
+
+// patiently does again what the host is too busy for.
+func (t *target) patiently(ctx context.Context, do func() error) error {
+	until := time.Now().Add(t.busyTime)
+	for {
+		err := do()
+		if !errors.Is(err, errBusy) || time.Now().After(until) {
+			return err
+		}
+		if e := sleep(ctx, t.poll); e != nil {
+			return err
+		}
+	}
+}

@@ -1,0 +1,140 @@
+package hyperv
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/backstay/backstay/internal/vm"
+	"github.com/backstay/backstay/internal/winpath"
+)
+
+// Bounds of what is taken for a file of a VM's definition.
+const (
+	maxConfigFile  = 64 << 20
+	maxConfigFiles = 16
+)
+
+// describeConfig gathers the VM's definition: our own description, and the
+// host's files. What can't be had is warned of, and ends no backup.
+func (b *beginning) describeConfig(ctx context.Context) {
+	def := b.definition(ctx)
+	text, err := json.MarshalIndent(def, "", "  ")
+	if err == nil {
+		b.config = append(b.config, vm.ConfigFile{Name: "vm.json", Data: append(text, '\n')})
+	}
+	if err := b.configFiles(ctx); err != nil {
+		b.warn("the host's own definition of the VM is not in the restore point: %v", err)
+	}
+}
+
+// definition is the VM without what only Hyper-V has.
+func (b *beginning) definition(ctx context.Context) vm.Definition {
+	const component = "Msvm_VirtualSystemSettingDataComponent"
+	s := b.frozen
+	def := vm.Definition{Version: 1, Name: b.sys.name, UUID: b.sys.guid, Hypervisor: "hyperv", Firmware: "bios",
+		Notes: strings.Join(s.list("Notes"), "\n")}
+	if strings.HasSuffix(s.text("VirtualSystemSubType"), ":2") {
+		def.Firmware, def.SecureBoot = "uefi", s.truth("SecureBootEnabled")
+	}
+	ask := func(class string) []object {
+		list, err := b.d.query(ctx, associated(s.ref, component, class))
+		if err != nil {
+			b.warn("the VM's description in the restore point lacks its %s: %v", class, err)
+		}
+		return list
+	}
+	for _, o := range ask("Msvm_ProcessorSettingData") {
+		n, _ := o.number("VirtualQuantity")
+		def.Processors = int(n)
+	}
+	for _, o := range ask("Msvm_MemorySettingData") {
+		n, _ := o.number("VirtualQuantity") // in MiB
+		def.MemoryBytes = n << 20
+	}
+	for _, o := range ask("Msvm_SecuritySettingData") {
+		def.TPM = o.truth("TpmEnabled")
+	}
+	ports := ask("Msvm_EthernetPortAllocationSettingData")
+	nics := func(class, model string) {
+		for _, o := range ask(class) {
+			n := vm.NIC{Model: model, MAC: macText(o.text("Address"))}
+			for _, p := range ports {
+				if deviceOf(parseRef(p.text("Parent")).Key("InstanceID")) == deviceOf(o.text("InstanceID")) {
+					n.Network = p.text("LastKnownSwitchName")
+				}
+			}
+			def.NICs = append(def.NICs, n)
+		}
+	}
+	nics("Msvm_SyntheticEthernetPortSettingData", "synthetic")
+	nics("Msvm_EmulatedEthernetPortSettingData", "emulated")
+	for _, d := range b.machine.Disks {
+		p := vm.DiskPlace{ID: d.ID, SizeBytes: d.SizeBytes, Bus: d.Bus, Source: d.Source}
+		fmt.Sscanf(strings.TrimPrefix(string(d.ID), d.Bus), "%d:%d", &p.Controller, &p.Slot)
+		def.Disks = append(def.Disks, p)
+	}
+	return def
+}
+
+// macText writes 00155D000102 with colons.
+func macText(s string) string {
+	if len(s) != 12 {
+		return ""
+	}
+	return strings.Join([]string{s[:2], s[2:4], s[4:6], s[6:8], s[8:10], s[10:]}, ":")
+}
+
+// stemOf is a file's name without its extension, in which case does not count.
+func stemOf(name string) string { return strings.ToLower(strings.TrimSuffix(name, filepath.Ext(name))) }
+
+// configFiles takes the files of the checkpoint's definition as they are, or
+// the VM's own.
+func (b *beginning) configFiles(ctx context.Context) error {
+	for _, s := range []settings{b.frozen, b.now} {
+		root, file := s.text("ConfigurationDataRoot"), s.text("ConfigurationFile")
+		if root == "" || file == "" {
+			continue
+		}
+		top, err := winpath.Parse(root)
+		if err != nil {
+			return err
+		}
+		full, err := top.Join(file)
+		if err != nil {
+			return err
+		}
+		folder := full.Dir().String()
+		stem := stemOf(full.Base())
+		names, err := b.d.files.list(ctx, folder)
+		if err != nil {
+			return err
+		}
+		found := false
+		for _, name := range names {
+			if stemOf(name) != stem || len(b.config) > maxConfigFiles {
+				continue
+			}
+			switch strings.ToLower(filepath.Ext(name)) {
+			case ".vmcx", ".vmgs", ".vmrs":
+			default:
+				continue
+			}
+			data, err := readFile(ctx, b.d.files, folder+`\`+name, maxConfigFile)
+			if err != nil {
+				return err
+			}
+			b.config = append(b.config, vm.ConfigFile{Name: name, Data: data})
+			found = true
+		}
+		if found {
+			return nil
+		}
+	}
+	if b.now.text("ConfigurationFile") != "" {
+		return fmt.Errorf("there is no %s in %s", b.now.text("ConfigurationFile"), b.now.text("ConfigurationDataRoot"))
+	}
+	return nil
+}

@@ -1,0 +1,241 @@
+package hyperv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/hypervisor/journal"
+	"github.com/backstay/backstay/internal/vm"
+)
+
+// How long ending things may take.
+const (
+	settleTime = 90 * time.Second
+	busyTime   = 30 * time.Second
+	endTime    = 110 * time.Second // all of it, the merge not counted
+	mergeWait  = time.Hour
+	watchTime  = 5 * time.Second // between two looks at what the guest writes meanwhile
+)
+
+// A Driver speaks to one Hyper-V host.
+type Driver struct {
+	*client
+	files      files
+	host       *url.URL
+	stateDir   string
+	log        *slog.Logger
+	savedState bool
+
+	settleTime, busyTime, mergeWait, watchTime time.Duration
+
+	slots    chan struct{}
+	mu       sync.Mutex
+	volumes  map[string]chan struct{}
+	hostName string
+}
+
+var (
+	_ hypervisor.Driver           = (*Driver)(nil)
+	_ hypervisor.TrackingResetter = (*Driver)(nil)
+)
+
+// newDriver makes a Driver of what reaches a host.
+func newDriver(m management, f files, o Options) *Driver {
+	d := &Driver{client: &client{m, jobPoll, pollPatience}, files: f, host: o.Host, stateDir: o.StateDir, log: o.Log,
+		savedState: o.AllowSavedState, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime,
+		slots: make(chan struct{}, sessionsPerHost), volumes: map[string]chan struct{}{}}
+	if d.stateDir == "" {
+		d.stateDir = "/var/lib/backstay"
+	}
+	if d.log == nil {
+		d.log = slog.New(slog.DiscardHandler)
+	}
+	if d.mergeWait == 0 {
+		d.mergeWait = mergeWait
+	}
+	return d
+}
+
+// Close ends the connections to the host.
+func (d *Driver) Close() error { return errors.Join(d.files.close(), d.client.Close()) }
+
+// hostKey names the host in the journal.
+func (d *Driver) hostKey() string { return strings.ToLower(d.host.Hostname()) }
+
+// Machines lists all VMs with their disks. A disk whose size the host doesn't
+// tell has the size 0.
+func (d *Driver) Machines(ctx context.Context) ([]vm.Machine, error) {
+	host, list, err := d.systems(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]vm.Machine, 0, len(list))
+	for _, s := range list {
+		m, err := d.machine(ctx, host, s)
+		if errors.Is(err, fault.ErrNotFound) {
+			continue // removed while we looked
+		}
+		if err != nil {
+			return nil, fmt.Errorf("VM %q: %w", s.name, err)
+		}
+		out = append(out, m)
+	}
+	return out, nil
+}
+
+func (d *Driver) machine(ctx context.Context, host string, s system) (vm.Machine, error) {
+	m := d.describe(host, s)
+	now, err := d.present(ctx, s)
+	if err != nil {
+		return m, err
+	}
+	drives, _, err := d.drives(ctx, now.ref)
+	if err != nil {
+		return m, err
+	}
+	for _, e := range drives {
+		d.exclude(&e, nil)
+		if e.Excluded == "" {
+			e.SizeBytes = d.sizeOf(ctx, e.Source)
+		}
+		m.Disks = append(m.Disks, e.Disk)
+	}
+	return m, nil
+}
+
+// describe is a machine without its disks.
+func (d *Driver) describe(host string, s system) vm.Machine {
+	if host == "" {
+		host = d.host.Hostname()
+	}
+	return vm.Machine{Name: s.name, Host: host, HostID: strings.ToLower(host), UUID: s.guid, Hypervisor: "hyperv", State: stateName(s.state)}
+}
+
+// exclude says of a disk why it is not protected, if there is a reason.
+func (d *Driver) exclude(e *drive, asked []vm.DiskID) {
+	switch {
+	case slices.Contains(asked, e.ID):
+		e.Excluded = reasonRequest
+	case e.Excluded == "":
+		if _, err := d.files.share(e.Source); err != nil {
+			e.Excluded = fmt.Sprintf("no share reaches %s: %v", e.Source, err)
+		}
+	}
+}
+
+// tidying, after the name of a lock's holder, says that it will be free soon.
+const tidying = ", cleaning up"
+
+// lock keeps other runs of ours away from a VM.
+func (d *Driver) lock(ctx context.Context, s system) (*journal.Lock, error) {
+	deadline := time.Now().Add(reapOthersTime + 5*time.Second)
+	for again := false; ; again = true { // at least twice: who has just taken it has not written what for
+		l, who, err := journal.TryLock(filepath.Join(d.stateDir, "hyperv"), s.guid, "")
+		switch {
+		case l != nil || err != nil:
+			return l, err
+		case again && !strings.HasSuffix(who, tidying) || time.Now().After(deadline):
+			return nil, fmt.Errorf("VM %q: another backup of it is running (%s): %w", s.name, who, fault.ErrLocked)
+		}
+		if err := sleep(ctx, 50*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (d *Driver) openJournal() (*journal.Journal, error) {
+	return journal.Open(filepath.Join(d.stateDir, "hyperv", "journal"))
+}
+
+func (d *Driver) target(s system, prefix string, run *journal.Run) *target {
+	return &target{client: d.client, system: s, run: run, prefix: prefix, settleTime: d.settleTime, busyTime: d.busyTime}
+}
+
+// ResetTracking destroys the reference points of a VM that we made for one
+// repository. The next backup reads everything.
+func (d *Driver) ResetTracking(ctx context.Context, name, repoID string) error {
+	prefix, err := repoPrefix(repoID)
+	if err != nil {
+		return err
+	}
+	_, list, err := d.systems(ctx)
+	if err != nil {
+		return err
+	}
+	s, err := choose(list, name)
+	if err != nil {
+		return err
+	}
+	l, err := d.lock(ctx, s)
+	if err != nil {
+		return err
+	}
+	defer l.Unlock()
+	j, err := d.openJournal()
+	if err != nil {
+		return err
+	}
+	return d.dropReferences(ctx, j, s, prefix, "")
+}
+
+// dropReferences destroys our reference points of one repository but that of
+// the run keep.
+func (d *Driver) dropReferences(ctx context.Context, j *journal.Journal, s system, prefix, keep string) error {
+	runs, err := j.Runs(s.guid)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, r := range runs {
+		t := d.target(s, prefix, r)
+		for _, e := range r.Open() {
+			if e.Kind == kindReference && e.Data[dataRepo] == prefix && e.Data[dataHost] == d.hostKey() && e.Data[dataRun] != keep {
+				errs = append(errs, t.forget(ctx, r, e))
+			}
+		}
+		r.Close()
+	}
+	return errors.Join(errs...)
+}
+
+// slot waits for a place among the sessions of the host and of each volume,
+// and gives what frees them.
+func (d *Driver) slot(ctx context.Context, volumes []string) (release func(), err error) {
+	var held []chan struct{}
+	release = func() {
+		for _, c := range held {
+			<-c
+		}
+		held = nil
+	}
+	places := []chan struct{}{d.slots}
+	slices.Sort(volumes) // so that no two wait for each other
+	d.mu.Lock()
+	for _, v := range slices.Compact(volumes) {
+		if d.volumes[v] == nil {
+			d.volumes[v] = make(chan struct{}, sessionsPerVolume)
+		}
+		places = append(places, d.volumes[v])
+	}
+	d.mu.Unlock()
+	for _, c := range places {
+		select {
+		case c <- struct{}{}:
+			held = append(held, c)
+		case <-ctx.Done():
+			release()
+			return nil, context.Cause(ctx)
+		}
+	}
+	return release, nil
+}

@@ -1,0 +1,90 @@
+package hyperv
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/backstay/backstay/internal/vm"
+)
+
+// readiness is how still a guest can be held.
+type readiness struct {
+	best vm.Grade
+	why  string // it is not application
+	// outdated says what is odd about the integration services that work.
+	outdated string
+}
+
+// States of an integration service: the first says whether it works at all.
+const (
+	serviceOK       = 2
+	serviceDegraded = 3
+)
+
+// guest asks what the guest's integration services allow. What can't be asked
+// is not there.
+func (c *client) guest(ctx context.Context, s system) readiness {
+	crash := func(format string, args ...any) readiness {
+		return readiness{best: vm.GradeCrash, why: fmt.Sprintf(format, args...)}
+	}
+	switch s.state {
+	case stateRunning:
+	case stateOff:
+		return crash("the VM is shut off, and the host does not tell whether it was shut down cleanly")
+	default:
+		return crash("the VM is %s", stateName(s.state))
+	}
+	list, err := c.query(ctx, associated(s.ref, "Msvm_SystemDevice", "Msvm_VssComponent"))
+	switch {
+	case err != nil:
+		return crash("the host does not say whether its backup integration service runs: %v", err)
+	case len(list) == 0:
+		return crash("its integration service for backups (volume shadow copy) is switched off")
+	}
+	status, _ := list[0].numbers("OperationalStatus")
+	said := strings.Join(list[0].list("StatusDescriptions"), ", ")
+	r := readiness{best: vm.GradeFilesystem}
+	switch {
+	case len(status) > 0 && status[0] == serviceOK:
+	case len(status) > 0 && status[0] == serviceDegraded:
+		r.outdated = "the guest's integration service for backups is degraded: " + said
+	default:
+		return crash("the guest's integration service for backups does not answer: %s", said)
+	}
+	switch windows, known := c.isWindows(ctx, s); {
+	case windows:
+		r.best = vm.GradeApplication
+	case known:
+		r.why = "the guest is not Windows: its file systems are frozen, and nothing tells its applications"
+	default:
+		r.why = "whether the guest is Windows is not known, because its data exchange service does not say"
+	}
+	return r
+}
+
+func stateName(state int64) string {
+	if s := stateNames[state]; s != "" {
+		return s
+	}
+	return fmt.Sprintf("in state %d", state)
+}
+
+// isWindows asks the guest's data exchange service. Windows gives its platform,
+// Linux its distribution's name.
+func (c *client) isWindows(ctx context.Context, s system) (windows, known bool) {
+	list, err := c.query(ctx, associated(s.ref, "Msvm_SystemDevice", "Msvm_KvpExchangeComponent"))
+	if err != nil || len(list) == 0 {
+		return false, false
+	}
+	for _, o := range list[0].embedded("GuestIntrinsicExchangeItems") {
+		switch data := o.text("Data"); o.text("Name") {
+		case "OSPlatformId":
+			windows = windows || data == "2"
+		case "OSName":
+			known = data != ""
+			windows = windows || strings.Contains(strings.ToLower(data), "windows")
+		}
+	}
+	return windows, known || windows
+}

@@ -1,0 +1,140 @@
+package hyperv
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	"path/filepath"
+
+	"github.com/backstay/backstay/internal/hypervisor/journal"
+)
+
+// reapOthersTime bounds what a backup spends on other VMs' leftovers. What it
+// does not manage is left to the next one.
+const reapOthersTime = 15 * time.Second
+
+// settleRun clears away the checkpoint that a dead run left. One whose restore
+// point is durable, or that was made for another repository and may be, becomes
+// a reference point: that gives the space back, too, and loses nothing.
+func (d *Driver) settleRun(ctx context.Context, s system, r *journal.Run, prefix string, durable func(run string) bool) (done []string, err error) {
+	for _, e := range r.Open() {
+		if e.Kind != kindCheckpoint || e.Data[dataHost] != d.hostKey() {
+			continue
+		}
+		t := d.target(s, e.Data[dataRepo], r)
+		var what string
+		var one error
+		switch {
+		case e.Data[dataType] != typeRecovery:
+			what, one = t.drop(ctx, e) // it can't be converted
+		case e.Data[dataDurable] != "" || e.Data[dataRepo] != prefix || durable(e.Name):
+			what, one = t.convert(ctx, e)
+		default:
+			what, one = t.drop(ctx, e)
+		}
+		if what != "" {
+			done = append(done, what)
+		}
+		err = errors.Join(err, one)
+	}
+	return done, err
+}
+
+// reap clears away what earlier runs of ours left of this VM.
+func (b *beginning) reap(ctx context.Context) error {
+	runs, err := b.journal.Runs(b.sys.guid)
+	if err != nil {
+		return err
+	}
+	for _, r := range runs {
+		done, err := b.d.settleRun(ctx, b.sys, r, b.prefix, func(run string) bool { return b.named[run] })
+		r.Close()
+		if len(done) > 0 {
+			b.warn("an earlier run was interrupted; cleaned up after it: %s", strings.Join(done, ", "))
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			b.warn("clean up after an interrupted run: %v", err)
+		}
+	}
+	return nil
+}
+
+// reapOthers does the same for other VMs of the host, which may never be backed
+// up again. It never keeps this VM's backup from going on.
+func (b *beginning) reapOthers(ctx context.Context, list []system) {
+	machines, err := b.journal.Machines()
+	if err != nil {
+		b.warn("look for leftovers of other VMs: %v", err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, reapOthersTime)
+	defer cancel()
+	for _, guid := range machines {
+		if guid == b.sys.guid || ctx.Err() != nil {
+			continue
+		}
+		other := system{guid: guid, name: guid}
+		gone := true
+		for _, s := range list {
+			if s.guid == guid {
+				other, gone = s, false
+			}
+		}
+		b.reapOther(ctx, other, gone)
+	}
+}
+
+func (b *beginning) reapOther(ctx context.Context, other system, gone bool) {
+	runs, err := b.journal.Runs(other.guid)
+	if err != nil {
+		b.warn("clean up after an interrupted run of VM %s: %v", other.name, err)
+		return
+	}
+	ours := false
+	for _, r := range runs {
+		for _, e := range r.Open() {
+			ours = ours || e.Data[dataHost] == b.d.hostKey() && (gone || e.Kind == kindCheckpoint)
+		}
+	}
+	if !ours {
+		return
+	}
+	l, _, err := journal.TryLock(filepath.Join(b.d.stateDir, "hyperv"), other.guid, tidying)
+	if l == nil || err != nil {
+		return // a run of it lives, and looks after itself
+	}
+	defer l.Unlock()
+	if runs, err = b.journal.Runs(other.guid); err != nil {
+		return // it was sound a moment ago, and the next run looks again
+	}
+	for _, r := range runs {
+		if gone {
+			// It moved to another host or was deleted: what is left is not
+			// here. Whoever sees it there finds it by its name.
+			for _, e := range r.Open() {
+				if e.Data[dataHost] == b.d.hostKey() && e.Kind == kindCheckpoint {
+					b.warn("VM %s is not on this host any more; if it moved with a checkpoint %s%s, that is to be deleted by hand", other.name, e.Data[dataRepo], e.Name)
+				}
+				if e.Data[dataHost] == b.d.hostKey() {
+					r.Done(e.Kind, e.Name)
+				}
+			}
+			r.Close()
+			continue
+		}
+		// Whether its restore point is durable, only its own next run knows.
+		done, err := b.d.settleRun(ctx, other, r, "", func(string) bool { return true })
+		r.Close()
+		if len(done) > 0 {
+			b.warn("an earlier run of VM %s was interrupted; cleaned up after it: %s", other.name, strings.Join(done, ", "))
+		}
+		if err != nil && ctx.Err() == nil {
+			b.warn("clean up after an interrupted run of VM %s: %v", other.name, err)
+		}
+	}
+}

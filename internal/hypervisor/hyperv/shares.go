@@ -1,0 +1,133 @@
+package hyperv
+
+import (
+	"context"
+	"net"
+	"strconv"
+	"sync"
+
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/secret"
+	"github.com/backstay/backstay/internal/smb"
+	"github.com/backstay/backstay/internal/winpath"
+)
+
+// shareFiles reaches a host's files over SMB. It connects when the first is
+// asked for: listing VMs needs none.
+type shareFiles struct {
+	target smb.Target
+	shares *smb.Shares
+
+	mu     sync.Mutex
+	client *smb.Client
+}
+
+func newShareFiles(a address, password secret.Bytes) (*shareFiles, error) {
+	host, port, err := net.SplitHostPort(a.smb)
+	if err != nil {
+		return nil, err
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil {
+		return nil, err
+	}
+	return &shareFiles{target: smb.Target{Host: host, Port: int(n), User: a.user, Password: password}, shares: a.shares}, nil
+}
+
+func (f *shareFiles) connect(ctx context.Context) (*smb.Client, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.client == nil {
+		c, err := smb.Dial(ctx, f.target)
+		if err != nil {
+			return nil, &FilesError{err}
+		}
+		f.client = c
+	}
+	return f.client, nil
+}
+
+// A FilesError says that the host's files could not be reached, though perhaps
+// everything else of it.
+type FilesError struct{ Err error }
+
+func (e *FilesError) Error() string { return "the host's files: " + e.Err.Error() }
+
+// Unwrap gives the reason.
+func (e *FilesError) Unwrap() error { return e.Err }
+
+func (f *shareFiles) find(name string) (smb.Path, error) {
+	p, err := winpath.Parse(name)
+	if err != nil {
+		return smb.Path{}, err
+	}
+	return f.shares.Find(p)
+}
+
+// at does something with a file or a folder of the host.
+func at[T any](ctx context.Context, f *shareFiles, name string, do func(*smb.Client, smb.Path) (T, error)) (out T, err error) {
+	p, err := f.find(name)
+	if err != nil {
+		return out, &FilesError{err}
+	}
+	c, err := f.connect(ctx)
+	if err != nil {
+		return out, err
+	}
+	if out, err = do(c, p); err != nil {
+		return out, &FilesError{err}
+	}
+	return out, nil
+}
+
+func (f *shareFiles) open(ctx context.Context, name string) (image.File, error) {
+	return at(ctx, f, name, func(c *smb.Client, p smb.Path) (image.File, error) {
+		file, err := c.Open(ctx, p, name)
+		if err != nil {
+			return nil, err // no File in an interface
+		}
+		return file, nil
+	})
+}
+
+func (f *shareFiles) list(ctx context.Context, folder string) (names []string, err error) {
+	return at(ctx, f, folder, func(c *smb.Client, p smb.Path) ([]string, error) {
+		all, err := c.List(ctx, p)
+		for _, i := range all {
+			if !i.Dir {
+				names = append(names, i.Name)
+			}
+		}
+		return names, err
+	})
+}
+
+func (f *shareFiles) size(ctx context.Context, name string) (int64, error) {
+	return at(ctx, f, name, func(c *smb.Client, p smb.Path) (int64, error) {
+		i, err := c.Stat(ctx, p)
+		return i.Bytes, err
+	})
+}
+
+func (f *shareFiles) space(ctx context.Context, name string) (free, total int64, err error) {
+	p, err := winpath.Parse(name)
+	if err != nil {
+		return 0, 0, err
+	}
+	s, err := at(ctx, f, p.Dir().String(), func(c *smb.Client, p smb.Path) (smb.Space, error) { return c.Space(ctx, p) })
+	return s.Free, s.Total, err
+}
+
+func (f *shareFiles) share(name string) (string, error) {
+	p, err := f.find(name)
+	return p.Share, err
+}
+
+func (f *shareFiles) close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.client == nil {
+		return nil
+	}
+	return f.client.Close()
+}

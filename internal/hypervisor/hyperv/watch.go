@@ -1,0 +1,85 @@
+package hyperv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/wsman"
+)
+
+// abortMergeWait is how long an interrupted backup watches the host merge.
+const abortMergeWait = 20 * time.Second
+
+// ErrDelta says that the guest wrote more while it was backed up than allowed.
+var ErrDelta = errors.New("the guest wrote more than --max-delta allows while it was backed up")
+
+// watch looks after the host's space while the session lasts.
+func (s *session) watch() {
+	ctx, cancel := context.WithCancel(s.life)
+	s.watching, s.watched = cancel, make(chan struct{})
+	go func() {
+		defer close(s.watched)
+		for sleep(ctx, s.d.watchTime) == nil {
+			if err := s.checkDelta(ctx); err != nil {
+				s.fail(fmt.Errorf("VM %q: %w", s.sys.name, err))
+				return
+			}
+		}
+	}()
+}
+
+// checkDelta looks once. What the host doesn't tell is no reason to end.
+func (s *session) checkDelta(ctx context.Context) error {
+	var sum int64
+	for _, file := range s.deltas {
+		if n, err := s.d.files.size(ctx, file); err == nil {
+			sum += n
+		}
+		if err := s.d.checkSpace(ctx, file); err != nil && ctx.Err() == nil {
+			return err
+		}
+	}
+	if s.o.ScratchLimit > 0 && sum > s.o.ScratchLimit {
+		return fmt.Errorf("%w: %d bytes of %d", ErrDelta, sum, s.o.ScratchLimit)
+	}
+	return nil
+}
+
+// waitMerge waits until none of the VM's disks is in one of the files that a
+// checkpoint of ours made it write to.
+func (d *Driver) waitMerge(ctx context.Context, s system, now wsman.Ref, deltas []string, most time.Duration) error {
+	if len(deltas) == 0 {
+		return nil
+	}
+	until, said := time.Now().Add(most), time.Now()
+	for wait := d.poll; ; wait = min(2*wait, d.watchTime) {
+		drives, _, err := d.drives(ctx, now)
+		if errors.Is(err, fault.ErrNotFound) {
+			return nil // the VM is gone
+		}
+		merging := slices.ContainsFunc(drives, func(e drive) bool {
+			return slices.ContainsFunc(deltas, func(file string) bool { return strings.EqualFold(file, e.Source) })
+		})
+		if err == nil && !merging {
+			return nil
+		}
+		if time.Now().After(until) {
+			if err != nil {
+				return fmt.Errorf("whether the host has merged its disks: %w", err)
+			}
+			return fmt.Errorf("the host has not merged its disks after %s, and goes on by itself", most)
+		}
+		if time.Since(said) > time.Minute {
+			said = time.Now()
+			d.log.Info("the host merges what the guest wrote meanwhile", "vm", s.name)
+		}
+		if err := sleep(ctx, wait); err != nil {
+			return err
+		}
+	}
+}
