@@ -183,8 +183,25 @@ func (q *Query) parseOf(p *queryParser) error {
 	return nil
 }
 
+// memory asks a Source once for each class.
+type memory struct {
+	from Source
+	had  map[[2]string][]*Instance
+}
+
+func (m memory) Instances(namespace, class string) []*Instance {
+	key := [2]string{namespace, class}
+	list, ok := m.had[key]
+	if !ok {
+		list = m.from.Instances(namespace, class)
+		m.had[key] = list
+	}
+	return list
+}
+
 // Run is what s has for q.
 func (q *Query) Run(s Source) []*Instance {
+	s = memory{from: s, had: map[[2]string][]*Instance{}}
 	if q.of != nil {
 		return q.associated(s)
 	}

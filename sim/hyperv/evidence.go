@@ -1,0 +1,100 @@
+package hyperv
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Kinds of evidence.
+const (
+	Recorded   = "recorded"   // a trace of a real host is in the tree
+	Documented = "documented" // Microsoft's or a standard's page says so
+	Source     = "source"     // others' programs depend on it, or their authors saw it
+	Guess      = "guess"      // nobody said so
+)
+
+// A Behaviour is something that the simulator does, and on what it rests.
+type Behaviour struct {
+	Area, What, Evidence, By string
+}
+
+// Behaviours are all that a client may come to depend on. docs/design/hyperv-evidence.md
+// shows them.
+var Behaviours = []Behaviour{
+	{"connection", "authentication belongs to the connection; on another one a request gets 401 with the schemes on offer", Documented, "MS-NTHT; RFC 4559"},
+	{"connection", "NTLM comes bare or in SPNEGO under `Negotiate`; both are taken", Source, "pywinrm sends the one, pyspnego and GSS-NTLMSSP the other"},
+	{"connection", "a client need not send an integrity code (MIC); a wrong one is refused", Source, "Azure/go-ntlmssp sends none"},
+	{"connection", "after `mechListMIC` the RC4 streams begin again and the sequence numbers go on", Documented, "MS-SPNG 3.2.5.1; pyspnego and GSS-NTLMSSP agree"},
+	{"connection", "channel binding is the certificate's hash (`tls-server-end-point`); a wrong one is refused, none only where it is demanded", Documented, "RFC 5929; WinRM's CbtHardeningLevel"},
+	{"connection", "Basic only over TLS, and only where it is allowed", Documented, "WinRM's defaults"},
+	{"connection", "Basic's password may come in UTF-8 or Latin-1", Guess, ""},
+	{"connection", "over HTTP every message is sealed in `multipart/encrypted`, headers of its parts begin with a tab", Source, "pywinrm looks for the tab; MS-WSMV 2.2.9.1"},
+	{"connection", "over HTTP a message in the clear gets 500 without a body", Guess, "AllowUnencrypted is false by default; pywinrm's users report 500"},
+	{"connection", "a message whose signature is wrong gets 400, and the session ends", Guess, ""},
+	{"connection", "an empty POST of an authenticated connection gets 200", Source, "pywinrm and masterzen/winrm begin so"},
+	{"envelope", "answers have RelatesTo", Documented, "WS-Addressing; pypsrp refuses others"},
+	{"envelope", "faults are HTTP 500, with a subcode and a WSManFault with its code", Source, "traces in pywinrm's and pypsrp's tests"},
+	{"envelope", "codes of WSManFault", Documented, "the SDK's list of errors"},
+	{"envelope", "a WMI error stands in ProviderFault as __ExtendedStatus", Source, "traces that users posted"},
+	{"envelope", "a header that must be understood and is unknown is refused", Documented, "SOAP 1.2"},
+	{"envelope", "an answer larger than MaxEnvelopeSize, or than 500 KB, is a fault EncodingLimit", Documented, "DSP0226 R6.2; WinRM's MaxEnvelopeSizekb"},
+	{"envelope", "the fault's code is 2150858790", Guess, "the SDK's text of that code fits"},
+	{"envelope", "a MaxEnvelopeSize below 8192 is a fault", Documented, "DSP0226"},
+	{"envelope", "a method that takes longer than OperationTimeout is a fault TimedOut", Source, "pywinrm's tests have the trace"},
+	{"envelope", "`__cimnamespace` among the selectors of a WMI URI is a fault", Source, "microsoft/omi #398"},
+	{"instances", "a property without a value is there with xsi:nil", Documented, "MS-WSMV; DSP0230"},
+	{"instances", "instants are cim:Datetime in ISO 8601, intervals cim:Interval as a duration", Documented, "DSP0230"},
+	{"instances", "a service is found by CreationClassName alone", Source, "libvirt, go-wsman"},
+	{"instances", "every other instance needs all its keys", Guess, ""},
+	{"instances", "Put is refused: Hyper-V's objects change by methods", Documented, "the class pages have access types read-only"},
+	{"query", "WQL only on the URI that ends in `*`", Source, "libvirt asks so; go-wsman saw class URIs refused; the SDK has error 2150859003"},
+	{"query", "references cannot be compared", Source, "go-wsman's notes"},
+	{"query", "ASSOCIATORS OF goes through the same dialect", Source, "libvirt"},
+	{"query", "named columns come as w:XmlFragment", Source, "winrm's command line shows it"},
+	{"query", "without MaxElements one item comes at a time", Documented, "WS-Enumeration 3.2"},
+	{"query", "WHERE takes = <> and IS NULL, joined by AND; nothing else", Guess, "narrower than WQL"},
+	{"method", "a reference in a:EndpointReference is a SchemaValidationError", Source, "go-wsman's notes"},
+	{"method", "an embedded instance as elements is a SchemaValidationError; it must be CIM-XML text", Source, "go-wsman's notes; libvirt"},
+	{"method", "an embedded instance with a TYPE other than the class's returns 32768", Source, "go-wsman's notes"},
+	{"method", "a property that the class has not returns 32768, too", Guess, ""},
+	{"method", "names and types of classes, properties, methods and parameters", Documented, "windows/win32/hyperv_v2, transcribed into classes.txt"},
+	{"method", "which properties are keys", Documented, "the CIM schema; Microsoft's pages are incomplete"},
+	{"job", "methods answer 4096 with the job alone, Resulting… is nil", Source, "go-wsman's notes; Bareos finds the snapshot through the job"},
+	{"job", "Msvm_AffectedJobElement has rows only after the job has completed, the new element with effect 5", Source, "go-wsman's notes"},
+	{"job", "the VM itself is among the rows, with effect 0", Guess, ""},
+	{"job", "while a job of a VM runs, a further method on it returns 32775", Source, "go-wsman saw it for DestroySystem beside a deletion"},
+	{"job", "a failed job is in state 10, with ErrorDescription and GetErrorEx", Documented, "Msvm_ConcreteJob"},
+	{"job", "CreateVirtualHardDisk's job is an Msvm_StorageJob", Documented, "Msvm_StorageJob"},
+	{"job", "jobs stay to be asked for; the oldest of more than 500 go", Guess, "TimeBeforeRemoval says 5 minutes"},
+	{"checkpoint", "SnapshotType 32768 makes a recovery checkpoint of type Microsoft:Hyper-V:Snapshot:Recovery", Source, "Microsoft's sample, Bareos, nxmBackup"},
+	{"checkpoint", "the disks' files stand still, the VM writes to new .avhdx over them", Documented, "Hyper-V-Backup-2016.md"},
+	{"checkpoint", "the name of the new file is the disk's with a GUID", Source, "every host's file listing"},
+	{"checkpoint", "application consistency fails where the guest has no backup service and runs", Guess, "hosts may fall back by themselves"},
+	{"checkpoint", "the settings can be renamed by ModifySystemSettings", Source, "go-wsman's notes"},
+	{"checkpoint", "several recovery checkpoints of one VM can be", Guess, ""},
+	{"checkpoint", "taking one away merges the file after it into its own, within the job", Documented, "Hyper-V-Backup-2016.md; that it is within the job is a guess"},
+	{"checkpoint", "the .vmcx holds text of the simulator's own", Guess, "the real content is nowhere described; ImportSystemDefinition is not simulated"},
+	{"reference point", "ConvertToReferencePoint takes recovery checkpoints only and deletes them", Documented, "Msvm_VirtualSystemSnapshotService.ConvertToReferencePoint"},
+	{"reference point", "its arrays are of one length, by disk; disks are named by InstanceIDs of the VM's own allocations", Source, "nxmBackup, Bareos"},
+	{"reference point", "the form of an RCT id", Guess, ""},
+	{"reference point", "configurations below version 6.2 have no RCT ids", Guess, "Hyper-V-Backup-2016.md names no number"},
+	{"changes", "GetVirtualDiskChanges answers at once, with 0", Source, "nxmBackup, Bareos; the page allows a job"},
+	{"changes", "on a checkpoint's file it tells what changed up to the checkpoint", Source, "Microsoft's sample"},
+	{"changes", "ByteLength may be the disk's size", Source, "nxmBackup; the page says less"},
+	{"changes", "an unknown LimitId returns 32773, an unknown file 32779", Guess, "the page has the codes, not which is for what"},
+	{"changes", "ranges are whole granules of 64 KiB, neighbours merged", Guess, "the granule can be chosen"},
+	{"system", "DefineSystem, AddResourceSettings with Parent as object path, DestroySystem", Source, "go-wsman; libvirt"},
+	{"system", "a Parent that is no path returns 32773", Source, "go-wsman's notes"},
+	{"system", "settings that cannot be changed are accepted and ignored", Source, "go-wsman's notes"},
+	{"system", "a VM that runs cannot be destroyed: 32775", Documented, "DestroySystem"},
+}
+
+// Table is Behaviours as Markdown.
+func Table() string {
+	var b strings.Builder
+	b.WriteString("| area | what the simulator does | evidence | by |\n|---|---|---|---|\n")
+	for _, x := range Behaviours {
+		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", x.Area, x.What, x.Evidence, x.By)
+	}
+	return b.String()
+}

@@ -1,0 +1,279 @@
+package host
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/backstay/backstay/sim/hyperv/cim"
+)
+
+// What EnabledState says of a VM.
+const (
+	stateRunning = 2
+	stateOff     = 3
+	stateSaved   = 6
+	statePaused  = 9
+)
+
+// Kinds of settings.
+const (
+	realized = "Microsoft:Hyper-V:System:Realized"
+	recovery = "Microsoft:Hyper-V:Snapshot:Recovery"
+	userMade = "Microsoft:Hyper-V:Snapshot:Realized"
+)
+
+// A Spec says what VM to make.
+type Spec struct {
+	Name    string
+	ID      string // a GUID; new if empty
+	Version string // of the configuration: "10.0"
+	Off     bool
+	NoVSS   bool // the guest has no backup service
+	IDE     bool // generation 1, the first disk on IDE
+	Disks   []DiskSpec
+}
+
+// A DiskSpec says what disk to make.
+type DiskSpec struct {
+	Path  string // "C:\VMs\web01\web01.vhdx"; made of the VM's name if empty
+	Bytes int64
+	Fixed bool
+}
+
+// A vm is a virtual machine.
+type vm struct {
+	id, name  string
+	version   string
+	state     int
+	vss       bool
+	changed   cim.Value // when state last did
+	config    *config
+	snapshots []*snapshot
+	points    []*point
+	list      []*disk
+	busy      *job
+	// moments are where each disk's log was at each checkpoint or reference
+	// point that ever was.
+	moments map[string]map[string]int
+}
+
+// A config is a VM's settings and what hangs on them.
+type config struct {
+	id    string // of the settings, without "Microsoft:"
+	vssd  *cim.Instance
+	parts []*cim.Instance
+}
+
+// A snapshot is a checkpoint.
+type snapshot struct {
+	config  *config
+	kind    string
+	frozen  map[string]*layer            // by disk
+	rct     map[string]string            // the id that begins here, by disk
+	changes map[string]map[string]*track // by disk and RCT id, up to here
+	level   uint64                       // of consistency
+}
+
+// A point is a reference point.
+type point struct {
+	id    string
+	level uint64
+	disks []string // InstanceIDs of allocations
+	rct   []string
+	// of is the disk of each id.
+	of []*disk
+}
+
+func (v *vm) disks() []*disk { return v.list }
+
+func (v *vm) ref() cim.Ref {
+	return cim.Ref{Namespace: cim.Virtualization, Class: "Msvm_ComputerSystem", Keys: map[string]string{"CreationClassName": "Msvm_ComputerSystem", "Name": v.id}}
+}
+
+// tracks says whether the VM's configuration is new enough for change tracking.
+func (v *vm) tracks() bool {
+	n, err := strconv.ParseFloat(v.version, 64)
+	return err == nil && n >= 6.2
+}
+
+func settingsRef(id string) cim.Ref {
+	return cim.Ref{Namespace: cim.Virtualization, Class: "Msvm_VirtualSystemSettingData", Keys: map[string]string{"InstanceID": "Microsoft:" + id}}
+}
+
+// newConfig makes the settings of a VM.
+func (h *Host) newConfig(v *vm, generation int) *config {
+	root := `C:\VMs\` + v.name
+	vssd := cim.New(cim.Virtualization, "Msvm_VirtualSystemSettingData")
+	for name, value := range map[string]string{
+		"InstanceID": "Microsoft:" + v.id, "ElementName": v.name, "VirtualSystemIdentifier": v.id, "ConfigurationID": v.id, "VirtualSystemType": realized,
+		"VirtualSystemSubType": fmt.Sprintf("Microsoft:Hyper-V:SubType:%d", generation), "Version": v.version,
+		"ConfigurationDataRoot": root, "ConfigurationFile": `Virtual Machines\` + v.id + ".vmcx", "SnapshotDataRoot": root, "SuspendDataRoot": root, "SwapFileDataRoot": root, "LogDataRoot": root,
+		"GuestStateDataRoot": root, "GuestStateFile": `Virtual Machines\` + v.id + ".vmgs",
+		"IncrementalBackupEnabled": strconv.FormatBool(v.tracks()), "SecureBootEnabled": strconv.FormatBool(generation == 2), "UserSnapshotType": "3", "AutomaticStartupAction": "4", "AutomaticShutdownAction": "3",
+	} {
+		vssd.Put(name, cim.Text(value))
+	}
+	return &config{id: v.id, vssd: vssd.Put("CreationTime", h.stamp()).Put("Notes", cim.List())}
+}
+
+// part adds a resource to c, with a new id or that of its slot.
+func (c *config) part(class, suffix, resourceType, subtype string) *cim.Instance {
+	i := cim.New(cim.Virtualization, class).Put("InstanceID", cim.Text("Microsoft:"+c.id+`\`+suffix)).Put("ResourceType", cim.Text(resourceType))
+	if subtype != "" {
+		i.Put("ResourceSubType", cim.Text(subtype))
+	}
+	c.parts = append(c.parts, i)
+	return i
+}
+
+// AddVM makes a VM with its files, and gives its GUID.
+func (h *Host) AddVM(s Spec) (string, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, version: s.Version, state: stateRunning, vss: !s.NoVSS, changed: h.stamp(), moments: map[string]map[string]int{}}
+	if v.id == "" {
+		v.id = newGUID()
+	}
+	if v.version == "" {
+		v.version = "10.0"
+	}
+	if s.Off {
+		v.state = stateOff
+	}
+	generation, controller := 2, "scsi"
+	if s.IDE {
+		generation, controller = 1, "ide"
+	}
+	c := h.newConfig(v, generation)
+	v.config = c
+	c.part("Msvm_MemorySettingData", "4764334d-e001-4176-82ee-5594ec9b530e", "4", "Microsoft:Hyper-V:Memory").Put("VirtualQuantity", cim.Text("1024")).Put("AllocationUnits", cim.Text("byte * 2^20"))
+	c.part("Msvm_ProcessorSettingData", "b637f346-6a0e-4dec-af52-bd70cb80a21d", "3", "Microsoft:Hyper-V:Processor").Put("VirtualQuantity", cim.Text("2"))
+	c.part("Msvm_VssComponentSettingData", "5CED1297-4598-4915-A5FC-AD21BB4D02A4", "1", "").Put("EnabledState", cim.Text(map[bool]string{true: "2", false: "3"}[v.vss]))
+	nic := c.part("Msvm_SyntheticEthernetPortSettingData", newGUID(), "10", "Microsoft:Hyper-V:Synthetic Ethernet Port").Put("ElementName", cim.Text("Network Adapter")).Put("Address", cim.Text("00155D010203"))
+	_, nicID, _ := strings.Cut(nic.Get("InstanceID").String(), `\`)
+	c.part("Msvm_EthernetPortAllocationSettingData", nicID+`\C`, "33", "Microsoft:Hyper-V:Ethernet Connection").Put("Parent", cim.Text(nic.Ref().Path())).Put("EnabledState", cim.Text("2"))
+	controllers := map[string]*cim.Instance{}
+	for n, d := range s.Disks {
+		slot := n
+		if controllers[controller] == nil {
+			resource, subtype := "6", "Microsoft:Hyper-V:Synthetic SCSI Controller"
+			if controller == "ide" {
+				resource, subtype = "5", "Microsoft:Hyper-V:Emulated IDE Controller"
+			}
+			controllers[controller] = c.part("Msvm_ResourceAllocationSettingData", newGUID()+`\0`, resource, subtype).Put("Address", cim.Text("0"))
+		}
+		parent := controllers[controller]
+		_, base, _ := strings.Cut(parent.Get("InstanceID").String(), `\`)
+		base = strings.TrimSuffix(base, `\0`) + fmt.Sprintf(`\0\%d`, slot)
+		if controller == "ide" {
+			controller = "scsi" // only the first disk
+		}
+		drive := c.part("Msvm_ResourceAllocationSettingData", base+`\D`, "17", "Microsoft:Hyper-V:Synthetic Disk Drive").Put("Parent", cim.Text(parent.Ref().Path())).Put("AddressOnParent", cim.Text(fmt.Sprint(slot)))
+		path := d.Path
+		if path == "" {
+			path = fmt.Sprintf(`C:\VMs\%s\Virtual Hard Disks\%s-%d.vhdx`, s.Name, s.Name, n)
+		}
+		if err := h.createDisk(path, d.Bytes, d.Fixed); err != nil {
+			return "", err
+		}
+		disk, err := h.openDisk(base+`\L`, path)
+		if err != nil {
+			return "", err
+		}
+		v.list = append(v.list, disk)
+		c.part("Msvm_StorageAllocationSettingData", base+`\L`, "31", "Microsoft:Hyper-V:Virtual Hard Disk").Put("Parent", cim.Text(drive.Ref().Path())).Put("HostResource", cim.List(path))
+	}
+	h.vms = append(h.vms, v)
+	return v.id, h.writeFiles(c)
+}
+
+// writeFiles makes a configuration's files. Their content is this simulator's
+// own: what is in a real one nobody says.
+func (h *Host) writeFiles(c *config) error {
+	root, file := c.vssd.Get("ConfigurationDataRoot").String(), c.vssd.Get("ConfigurationFile").String()
+	stem := strings.TrimSuffix(h.local(root+`\`+file), ".vmcx")
+	if err := os.MkdirAll(filepath.Dir(stem), 0o755); err != nil {
+		return err
+	}
+	var b strings.Builder
+	b.WriteString("simulated configuration\n" + c.vssd.Embedded() + "\n")
+	for _, p := range c.parts {
+		b.WriteString(p.Embedded() + "\n")
+	}
+	for ext, content := range map[string]string{".vmcx": b.String(), ".vmrs": "simulated run-time state\n", ".vmgs": "simulated guest state\n"} {
+		if err := os.WriteFile(stem+ext, []byte(content), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// copy makes a checkpoint's settings of c, with another id everywhere.
+func (c *config) copy(id string) *config {
+	rename := func(i *cim.Instance) *cim.Instance {
+		i = i.Clone()
+		for _, name := range []string{"InstanceID", "Parent"} {
+			if v := i.Get(name); v.Set {
+				i.Put(name, cim.Text(strings.ReplaceAll(v.String(), "Microsoft:"+c.id, "Microsoft:"+id)))
+			}
+		}
+		return i
+	}
+	out := &config{id: id, vssd: rename(c.vssd)}
+	for _, p := range c.parts {
+		out.parts = append(out.parts, rename(p))
+	}
+	return out
+}
+
+// point the allocations of c at the files that its disks have.
+func (c *config) place(files map[string]*layer) {
+	for _, p := range c.parts {
+		_, suffix, _ := strings.Cut(p.Get("InstanceID").String(), `\`)
+		if l := files[suffix]; l != nil {
+			p.Put("HostResource", cim.List(l.path))
+		}
+	}
+}
+
+// placeAll follows what was frozen and merged.
+func (v *vm) placeAll() {
+	tops := map[string]*layer{}
+	for _, d := range v.list {
+		tops[d.id] = d.top()
+	}
+	v.config.place(tops)
+	for _, s := range v.snapshots {
+		s.config.place(s.frozen)
+	}
+}
+
+func (v *vm) remember(moment string) {
+	at := map[string]int{}
+	for _, d := range v.list {
+		at[d.id] = len(d.log)
+	}
+	v.moments[moment] = at
+}
+
+func (v *vm) sameMoment(moment, as string) { v.moments[moment] = maps.Clone(v.moments[as]) }
+
+// configOf finds settings by their InstanceID.
+func (h *Host) configOf(id string) (*vm, *config, *snapshot) {
+	id = strings.TrimPrefix(id, "Microsoft:")
+	for _, v := range h.vms {
+		if strings.EqualFold(v.config.id, id) {
+			return v, v.config, nil
+		}
+		for _, s := range v.snapshots {
+			if strings.EqualFold(s.config.id, id) {
+				return v, s.config, s
+			}
+		}
+	}
+	return nil, nil, nil
+}
