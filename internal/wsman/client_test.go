@@ -68,7 +68,7 @@ func TestRequestsToTheByte(t *testing.T) {
 			`<y:CreateSnapshot_OUTPUT xmlns:y="` + r2 + `Msvm_VirtualSystemSnapshotService"><y:ReturnValue>0</y:ReturnValue></y:CreateSnapshot_OUTPUT>`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			for _, tls := range []bool{true, false} {
+			for _, tls := range ways() {
 				var got *asked
 				h := newHost(t, tls, func(_ *host, a *asked) reply { got = a; return soap(a, tc.answer) })
 				if err := tc.do(h.client()); err != nil {
@@ -240,7 +240,7 @@ func TestInvokeIsRepeatedWhereNothingWasSent(t *testing.T) {
 // A connection that the host has closed while it lay idle is not used for what
 // must not be sent twice.
 func TestIdleConnectionThatTheHostClosed(t *testing.T) {
-	for _, tls := range []bool{true, false} {
+	for _, tls := range ways() {
 		h := newHost(t, tls, func(h *host, a *asked) reply {
 			if a.method == "Get" {
 				return soap(a, vm("x"))
@@ -265,7 +265,7 @@ func TestIdleConnectionThatTheHostClosed(t *testing.T) {
 // NTLM's state belongs to a connection: however many ask at once, each has one
 // to itself, and no more are made than allowed.
 func TestPoolHasOneRequestOnAConnection(t *testing.T) {
-	for _, tls := range []bool{true, false} {
+	for _, tls := range ways() {
 		h := newHost(t, tls, func(_ *host, a *asked) reply {
 			return soap(a, strings.Replace(vm("x"), "<x:Name>x", "<x:Name>"+between(a.envelope, `<w:Selector Name="Name">`), 1))
 		})
@@ -305,7 +305,7 @@ func TestClosedClientRefuses(t *testing.T) {
 }
 
 func TestRequestEndsWithItsContext(t *testing.T) {
-	for _, tls := range []bool{true, false} {
+	for _, tls := range ways() {
 		hang := make(chan struct{})
 		canceled, cancel := context.WithCancelCause(ctx)
 		why := errors.New("the user said so")
@@ -356,7 +356,7 @@ func (c *Client) signInFirst(t *testing.T) {
 
 // The recorder sees what was said, in clear, and no password.
 func TestRecorderSeesBothSidesInClear(t *testing.T) {
-	for _, tls := range []bool{true, false} {
+	for _, tls := range ways() {
 		h := newHost(t, tls, always(vm("x")))
 		var got []Exchange
 		c := h.client(func(cfg *Config) { cfg.Record = func(x Exchange) { got = append(got, x) } })

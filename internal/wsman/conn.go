@@ -31,7 +31,10 @@ const (
 	// idleLimit is how long a connection may lie unused. Hosts drop them after
 	// two minutes.
 	idleLimit = time.Minute
-	soapType  = "application/soap+xml;charset=UTF-8"
+	// freshLimit is how long one is taken to be alive after an answer: looking
+	// costs a millisecond.
+	freshLimit = 100 * time.Millisecond
+	soapType   = "application/soap+xml;charset=UTF-8"
 )
 
 // A conn is one connection to the host, and who we are on it. The HTTP is
@@ -115,9 +118,10 @@ func (f Fingerprint) String() string {
 }
 
 // ParseFingerprint reads 64 hexadecimal digits, with or without colons or
-// spaces between them.
+// spaces between them, and "sha256:" before them or not.
 func ParseFingerprint(s string) (Fingerprint, error) {
-	b, err := hex.DecodeString(strings.NewReplacer(":", "", " ", "").Replace(s))
+	digits := strings.TrimPrefix(strings.ToLower(s), "sha256:")
+	b, err := hex.DecodeString(strings.NewReplacer(":", "", " ", "").Replace(digits))
 	if err != nil || len(b) != sha256.Size {
 		return Fingerprint{}, fmt.Errorf("%q is no SHA-256 fingerprint of a certificate", s)
 	}
@@ -155,6 +159,9 @@ func (c *conn) close() {
 func (c *conn) alive(now time.Time) bool {
 	if c.broken || now.Sub(c.used) > idleLimit || c.in.Buffered() > 0 {
 		return false
+	}
+	if now.Sub(c.used) < freshLimit {
+		return true
 	}
 	c.left.N = 1
 	c.nc.SetReadDeadline(time.Now().Add(time.Millisecond))

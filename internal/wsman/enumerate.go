@@ -12,7 +12,7 @@ import (
 const maxElements = 1000
 
 // maxEmpty is how often in a row a host may answer that it has nothing yet.
-const maxEmpty = 100
+const maxEmpty = 20
 
 // Enumerate gives all instances of a class and of those derived from it, as
 // they come. It ends with the first error. A caller that stops early makes the

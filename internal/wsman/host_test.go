@@ -3,13 +3,19 @@ package wsman
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/md5"
+	"crypto/rand"
 	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"fmt"
 	"io"
 	"log"
+	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -71,8 +77,22 @@ type hostConn struct {
 
 type connKey struct{}
 
+// testCertificate is one whose key is quick, unlike httptest's own.
+var testCertificate = sync.OnceValue(func() tls.Certificate {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, &key.PublicKey, key)
+	if err != nil {
+		panic(err)
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+})
+
 // newHost starts one over HTTPS, or over HTTP with sealing.
-func newHost(t *testing.T, tls bool, answer func(h *host, r *asked) reply) *host {
+func newHost(t *testing.T, https bool, answer func(h *host, r *asked) reply) *host {
 	h := &host{t: t, answer: answer, ntlm: &ntlmtest.Host{Domain: "LAB", User: "backup", Password: testPassword}}
 	h.srv = httptest.NewUnstartedServer(h)
 	h.srv.Config.ErrorLog = log.New(io.Discard, "", 0)
@@ -82,7 +102,8 @@ func newHost(t *testing.T, tls bool, answer func(h *host, r *asked) reply) *host
 		h.mu.Unlock()
 		return context.WithValue(ctx, connKey{}, &hostConn{})
 	}
-	if tls {
+	if https {
+		h.srv.TLS = &tls.Config{Certificates: []tls.Certificate{testCertificate()}}
 		h.srv.StartTLS()
 		// RFC 5929 and the structure that is hashed, written out once more.
 		sum := sha256.Sum256(h.srv.Certificate().Raw)
@@ -105,6 +126,14 @@ func (h *host) problem(format string, args ...any) {
 	h.mu.Lock()
 	h.problems = append(h.problems, fmt.Sprintf(format, args...))
 	h.mu.Unlock()
+}
+
+// ways says over what a test that holds for both is done: HTTPS or not.
+func ways() []bool {
+	if testing.Short() {
+		return []bool{false} // the race detector makes TLS slow
+	}
+	return []bool{true, false}
 }
 
 // log is what was asked so far.
