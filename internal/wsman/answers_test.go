@@ -242,7 +242,7 @@ func TestSignInThatTheHostForgets(t *testing.T) {
 		}
 	}
 	h := newHost(t, true, func(*host, *asked) reply { return reply{forget: true} })
-	if _, err := h.client().Invoke(ctx, NewRef("C"), "M"); !errors.Is(err, fault.ErrDenied) || len(h.log()) != 1 {
+	if _, err := h.client().Invoke(ctx, NewRef("C"), "M"); !errors.Is(err, fault.ErrDenied) || len(h.log()) != 2 {
 		t.Errorf("a host that always forgets: %v after %v", err, h.log())
 	}
 }

@@ -150,7 +150,10 @@ func (c *core) exchange(ctx context.Context, envelope []byte) (answer []byte, st
 		return nil, 0, err
 	}
 	defer func() { c.give(conn) }()
-	for fresh := conn == nil; ; fresh = true {
+	// Basic sends the password with the request, so on a new connection a 401
+	// is the answer to that, and the last word.
+	last := conn == nil && !c.basic.Empty()
+	for ; ; last = true {
 		if conn == nil {
 			if conn, err = c.connect(ctx); err != nil {
 				return nil, 0, err
@@ -166,15 +169,15 @@ func (c *core) exchange(ctx context.Context, envelope []byte) (answer []byte, st
 			return answer, got.status, err
 		}
 		conn.close()
-		refused := &SignInError{User: c.user, Wanted: "NTLM", Offers: offers(got.header)}
-		if !c.basic.Empty() {
-			refused.Wanted = "Basic"
-		}
-		if fresh {
+		conn = nil
+		if last {
+			refused := &SignInError{User: c.user, Wanted: "NTLM", Offers: offers(got.header)}
+			if !c.basic.Empty() {
+				refused.Wanted = "Basic"
+			}
 			c.signedIn(refused)
 			return nil, got.status, refused
 		}
-		conn = nil
 	}
 }
 
@@ -202,6 +205,7 @@ func (c *core) connect(ctx context.Context) (*conn, error) {
 	err = conn.signIn(c)
 	stop()
 	if err == nil {
+		c.signedIn(nil)
 		return conn, nil
 	}
 	conn.close()
