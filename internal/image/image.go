@@ -166,6 +166,18 @@ func (none) Resolve(name string) (File, error) {
 	return nil, fmt.Errorf("%q: %w", name, ErrNotAllowed)
 }
 
+// An Output is what a Writer that makes one file can write it to: a file on
+// another machine, or an *os.File. It is new or its content of no use. WriteAt
+// comes from several goroutines at once; what is never written is zeros.
+type Output interface {
+	io.WriterAt
+	io.Closer
+	// Truncate makes the file size bytes long, after or before all writes.
+	Truncate(size int64) error
+	// Sync returns once what was written is durable.
+	Sync() error
+}
+
 // CreateOptions say what image to write. Zero values choose each format's
 // usual setting.
 type CreateOptions struct {

@@ -82,12 +82,16 @@ func sameFile(a, b File) bool {
 	type stater interface{ Stat() (os.FileInfo, error) }
 	x, okx := a.(stater)
 	y, oky := b.(stater)
-	if !okx || !oky {
-		return false
+	if okx && oky {
+		i, erri := x.Stat()
+		j, errj := y.Stat()
+		return erri == nil && errj == nil && os.SameFile(i, j)
 	}
-	i, erri := x.Stat()
-	j, errj := y.Stat()
-	return erri == nil && errj == nil && os.SameFile(i, j)
+	// A file on another machine says in one word what it is, or nothing.
+	type identified interface{ Identity() string }
+	v, okv := a.(identified)
+	w, okw := b.(identified)
+	return okv && okw && v.Identity() != "" && v.Identity() == w.Identity()
 }
 
 // OpenOptions say what an Image may open besides its own file, and which of

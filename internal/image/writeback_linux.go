@@ -23,8 +23,11 @@ type Writeback struct {
 func NewWriteback(f *os.File) *Writeback { return &Writeback{file: f} }
 
 // Grown tells that the file was written up to end or thereabouts. It is cheap,
-// and to be called after every write.
+// and to be called after every write. No Writeback does nothing.
 func (w *Writeback) Grown(end int64) {
+	if w == nil {
+		return
+	}
 	from := w.started.Load()
 	to := end - writebackBytes
 	if to-from < writebackBytes || !w.started.CompareAndSwap(from, to) {

@@ -96,7 +96,7 @@ func TestSomebodyInTheMiddle(t *testing.T) {
 				c, err = smb.Dial(t.Context(), to)
 			}
 			t.Cleanup(func() { c.Close() })
-			f := open(t, c, "disk.vhdx")
+			f := openFile(t, c, "disk.vhdx")
 			armed.Store(1)
 			p := make([]byte, len(content))
 			for off := 0; off < len(p); off += 512 << 10 {

@@ -80,7 +80,7 @@ func put(t *testing.T, s *smbtest.Server, name string, n int) []byte {
 	return p
 }
 
-func open(t *testing.T, c *smb.Client, name string) *smb.File {
+func openFile(t *testing.T, c *smb.Client, name string) *smb.File {
 	t.Helper()
 	f, err := c.Open(t.Context(), on(name), "")
 	if err != nil {
@@ -123,7 +123,7 @@ func TestReads(t *testing.T) {
 	s := server(t)
 	content := put(t, s, "disk.vhdx", 24<<20+12345)
 	c := dial(t, target(s))
-	f := open(t, c, "disk.vhdx")
+	f := openFile(t, c, "disk.vhdx")
 	if f.Bytes() != int64(len(content)) || f.Identity() == "" {
 		t.Fatalf("%d bytes, identity %q", f.Bytes(), f.Identity())
 	}
@@ -179,7 +179,7 @@ func TestSignedOnlyIsAChoice(t *testing.T) {
 	content := put(t, s, "disk.vhdx", 5<<20)
 	to := target(s)
 	to.Protection = smb.SignedOnly
-	f := open(t, dial(t, to), "disk.vhdx")
+	f := openFile(t, dial(t, to), "disk.vhdx")
 	readers(t, f, content, 4, 5)
 
 	// Who does not choose it is not given it.
@@ -194,7 +194,7 @@ func TestEncryptsUnasked(t *testing.T) {
 	long(t)
 	s := smbtest.Run(t, smbtest.Options{Global: "smb encrypt = if_required"})
 	content := put(t, s, "disk.vhdx", 3<<20)
-	f := open(t, dial(t, target(s)), "disk.vhdx")
+	f := openFile(t, dial(t, target(s)), "disk.vhdx")
 	readers(t, f, content, 2, 3)
 }
 
@@ -202,7 +202,7 @@ func TestOutage(t *testing.T) {
 	long(t)
 	s := server(t)
 	content := put(t, s, "disk.vhdx", 32<<20)
-	f := open(t, dial(t, target(s)), "disk.vhdx")
+	f := openFile(t, dial(t, target(s)), "disk.vhdx")
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		readers(t, f, content, 4, 25)
@@ -230,7 +230,7 @@ func TestOutageThatDoesNotEnd(t *testing.T) {
 	put(t, s, "disk.vhdx", 1<<20)
 	to := target(s)
 	to.Outage = 300 * time.Millisecond
-	f := open(t, dial(t, to), "disk.vhdx")
+	f := openFile(t, dial(t, to), "disk.vhdx")
 	s.Kill()
 	_, err := f.ReadAt(make([]byte, 10), 4096)
 	if err := s.Run(t.Context()); err != nil { // for the tests that come
@@ -263,7 +263,7 @@ func TestReplacedDuringAnOutage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			put(t, s, "disk.vhdx", 1<<20)
-			f := open(t, dial(t, target(s)), "disk.vhdx")
+			f := openFile(t, dial(t, target(s)), "disk.vhdx")
 			s.Kill()
 			err := change()
 			if err = errors.Join(err, s.Run(t.Context())); err != nil {
@@ -429,7 +429,7 @@ func TestManyFiles(t *testing.T) {
 	for i := range 12 {
 		name := fmt.Sprintf("disk%d.vhdx", i)
 		content := put(t, s, name, 1<<20+i)
-		f := open(t, c, name)
+		f := openFile(t, c, name)
 		wg.Go(func() { readers(t, f, content, 2, 4) })
 	}
 	wg.Wait()

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
-	"os"
 	"sync"
 	"time"
 
@@ -75,8 +74,8 @@ func Create(path string, o image.CreateOptions) (*Writer, error) {
 // default, or "fixed"; with a parent it is differencing. A VHD has whole
 // sectors: the disk is o.VirtualBytes rounded up to 512, and ends in zeros
 // where that added bytes.
-func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
-	return newWriter(&layer.Output{File: f}, o)
+func NewWriter(f image.Output, o image.CreateOptions) (*Writer, error) {
+	return newWriter(&layer.Output{Output: f}, o)
 }
 
 func newWriter(f *layer.Output, o image.CreateOptions) (*Writer, error) {
@@ -87,7 +86,7 @@ func newWriter(f *layer.Output, o image.CreateOptions) (*Writer, error) {
 		return nil, fmt.Errorf("a VHD holds at most 2040 GiB, and the disk has %d bytes: VHDX holds it", o.VirtualBytes)
 	}
 	size := (o.VirtualBytes + sectorBytes - 1) / sectorBytes * sectorBytes
-	w := &Writer{file: f, early: image.NewWriteback(f.File), limit: o.VirtualBytes, footer: footer{
+	w := &Writer{file: f, early: f.Writeback(), limit: o.VirtualBytes, footer: footer{
 		features: 2, dataOffset: -1,
 		stamp:   uint32(time.Since(epoch) / time.Second),
 		creator: creator, creatorVersion: creatorVersion, creatorOS: creatorOS,

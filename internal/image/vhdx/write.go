@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/bits"
-	"os"
 	"strings"
 	"sync"
 
@@ -64,8 +63,8 @@ func Create(path string, o image.CreateOptions) (*Writer, error) {
 // default, or "fixed"; with a parent it is differencing. A VHDX has whole
 // sectors: the disk is o.VirtualBytes rounded up to them, and ends in zeros
 // where that added bytes.
-func NewWriter(f *os.File, o image.CreateOptions) (*Writer, error) {
-	return newWriter(&layer.Output{File: f}, o)
+func NewWriter(f image.Output, o image.CreateOptions) (*Writer, error) {
+	return newWriter(&layer.Output{Output: f}, o)
 }
 
 func newWriter(f *layer.Output, o image.CreateOptions) (*Writer, error) {
@@ -104,7 +103,7 @@ func newWriter(f *layer.Output, o image.CreateOptions) (*Writer, error) {
 	if m.differencing && o.ParentInfo.VirtualBytes != m.diskBytes {
 		return nil, fmt.Errorf("a VHDX of %d bytes over a parent of %d", m.diskBytes, o.ParentInfo.VirtualBytes)
 	}
-	w := &Writer{file: f, early: image.NewWriteback(f.File), limit: o.VirtualBytes, meta: m, ratio: chunkRatio(m)}
+	w := &Writer{file: f, early: f.Writeback(), limit: o.VirtualBytes, meta: m, ratio: chunkRatio(m)}
 	w.first = tableOffset + w.tableBytes()
 	w.end = w.first
 	blocks := w.blocks()

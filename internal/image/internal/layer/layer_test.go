@@ -357,7 +357,7 @@ func TestOutput(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	(&Output{File: f}).Discard()
+	(&Output{Output: f}).Discard()
 	if _, err := os.Stat(path); err != nil {
 		t.Errorf("somebody else's file is gone: %v", err)
 	}

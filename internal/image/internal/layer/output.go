@@ -9,7 +9,7 @@ import (
 
 // An Output is the one file that a Writer makes.
 type Output struct {
-	*os.File
+	image.Output
 	path   string // empty where the caller opened it
 	closed bool
 }
@@ -20,7 +20,15 @@ func Create(path string) (*Output, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Output{File: f, path: path}, nil
+	return &Output{Output: f, path: path}, nil
+}
+
+// Writeback is that of a local file, and nil for others.
+func (o *Output) Writeback() *image.Writeback {
+	if f, ok := o.Output.(*os.File); ok {
+		return image.NewWriteback(f)
+	}
+	return nil
 }
 
 // Discard closes the file and removes it if Create made it.
@@ -39,7 +47,7 @@ func (o *Output) Finish() error {
 		return err
 	}
 	o.closed = true
-	if err := o.File.Close(); err != nil {
+	if err := o.Output.Close(); err != nil {
 		return err
 	}
 	if o.path == "" {
@@ -55,7 +63,7 @@ func (o *Output) Close() error {
 		return nil
 	}
 	o.closed = true
-	return o.File.Close()
+	return o.Output.Close()
 }
 
 // InDisk says what is wrong with a range of n bytes at off for a Writer that
