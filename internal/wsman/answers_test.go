@@ -47,6 +47,9 @@ func TestFaultsHaveTheirClass(t *testing.T) {
 			Fault{Subcode: "DestinationUnreachable", Code: 0x80338000, Machine: "HV01", Reason: "cannot find the resource", Detail: "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/InvalidResourceURI"}},
 		{"WMI says not found", faultBody("w:InternalError", `<p:MSFT_WmiError xmlns:p="http://schemas.microsoft.com/wbem/wsman/1/wmi/root/cimv2/MSFT_WmiError"><p:CIMStatusCode>6</p:CIMStatusCode><p:Message>Not found </p:Message><p:MessageID>HRESULT 0x80041002</p:MessageID></p:MSFT_WmiError>`), fault.ErrNotFound,
 			Fault{Subcode: "InternalError", WMI: 0x80041002, Reason: "Not found"}},
+		{"WMI's extended status", faultBody("w:InternalError", wsmanFault(2150859010, `<f:ProviderFault provider="WMI Provider"><f:WSManFault Code="2150859010" Machine="HV01"><f:Message>could not. </f:Message></f:WSManFault><f:ExtendedError><p:__ExtendedStatus xmlns:p="http://schemas.microsoft.com/wbem/wsman/1/wmi/root/wmi/__ExtendedStatus"><p:Description>code: 4200
+ </p:Description><p:Operation>ExecQuery</p:Operation><p:StatusCode>-2147217406</p:StatusCode></p:__ExtendedStatus></f:ExtendedError></f:ProviderFault>`)), fault.ErrNotFound,
+			Fault{Subcode: "InternalError", Code: 2150859010, WMI: 0x80041002, Machine: "HV01", Reason: "could not. code: 4200"}},
 		{"envelope too small for the answer", faultBody("w:EncodingLimit", faultDetail("MaxEnvelopeSizeExceeded")+wsmanFault(0x80338048, "exceeds")), ErrEnvelope,
 			Fault{Subcode: "EncodingLimit", Code: 0x80338048, Machine: "HV01", Reason: "exceeds", Detail: "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/MaxEnvelopeSizeExceeded"}},
 		{"another encoding limit", faultBody("w:EncodingLimit", faultDetail("SelectorLimit")), nil,

@@ -106,13 +106,13 @@ func readFault(e *element, status int) *Fault {
 	f.Reason = oneLine(e.child(nsSOAP, "Reason").child(nsSOAP, "Text").trimmed())
 	detail := e.child(nsSOAP, "Detail")
 	f.Detail = detail.child(nsWSMan, "FaultDetail").trimmed()
-	f.read(detail, 0)
+	f.read(detail)
 	return f
 }
 
 // read looks through a detail for what says most: the innermost text and the
 // innermost number, as providers wrap each other's faults.
-func (f *Fault) read(e *element, depth int) {
+func (f *Fault) read(e *element) {
 	for _, c := range e.all() {
 		switch {
 		case c.space == nsFault && c.name == "WSManFault":
@@ -124,6 +124,13 @@ func (f *Fault) read(e *element, depth int) {
 			}
 		case c.space == nsFault && (c.name == "Message" || c.name == "ProviderFault") && c.trimmed() != "":
 			f.Reason = oneLine(c.text)
+		case c.name == "__ExtendedStatus":
+			if n, err := strconv.ParseInt(c.named("StatusCode").trimmed(), 10, 64); err == nil {
+				f.WMI = uint32(n) // some hosts write it with its sign
+			}
+			if d := c.named("Description").trimmed(); d != "" {
+				f.Reason = oneLine(f.Reason + " " + d)
+			}
 		case c.name == "MSFT_WmiError":
 			if m := c.named("Message").trimmed(); m != "" {
 				f.Reason = oneLine(m)
@@ -134,7 +141,7 @@ func (f *Fault) read(e *element, depth int) {
 				}
 			}
 		}
-		f.read(c, depth+1)
+		f.read(c)
 	}
 }
 
