@@ -70,6 +70,8 @@ var Behaviours = []Behaviour{
 	{"checkpoint", "the disks' files stand still, the VM writes to new .avhdx over them", Documented, "Hyper-V-Backup-2016.md"},
 	{"checkpoint", "the name of the new file is the disk's with a GUID", Source, "every host's file listing"},
 	{"checkpoint", "application consistency fails where the guest has no backup service and runs", Guess, "hosts may fall back by themselves"},
+	{"checkpoint", "that service then has OperationalStatus 12, no contact", Documented, "Msvm_VssComponent"},
+	{"checkpoint", "a guest tells its system by key-value pairs OSName, OSPlatformId, OSVersion", Documented, "Msvm_KvpExchangeComponent"},
 	{"checkpoint", "the settings can be renamed by ModifySystemSettings", Source, "go-wsman's notes"},
 	{"checkpoint", "several recovery checkpoints of one VM can be", Guess, ""},
 	{"checkpoint", "taking one away merges the file after it into its own, within the job", Documented, "Hyper-V-Backup-2016.md; that it is within the job is a guess"},

@@ -33,10 +33,21 @@ type layer struct {
 }
 
 // A write is what a guest did. Its bytes follow from the seed, so that a log of
-// all of them stays small; seed 0 stands for zeros.
+// all of them stays small; seed 0 stands for zeros. data holds bytes that were
+// given instead.
 type write struct {
 	off, n int64
 	seed   uint64
+	data   []byte
+}
+
+func (w write) bytes() []byte {
+	if w.data != nil {
+		return w.data
+	}
+	p := make([]byte, w.n)
+	fill(p, w.seed)
+	return p
 }
 
 // A track is what was written since a moment, in granules.
@@ -129,9 +140,7 @@ func (d *disk) top() *layer { return d.layers[len(d.layers)-1] }
 
 // write does what the guest does.
 func (d *disk) write(w write, granule int64) error {
-	p := make([]byte, w.n)
-	fill(p, w.seed)
-	if err := d.top().file.WriteAt(p, w.off); err != nil {
+	if err := d.top().file.WriteAt(w.bytes(), w.off); err != nil {
 		return err
 	}
 	d.log = append(d.log, w)
@@ -228,11 +237,26 @@ func (h *Host) merge(d *disk, n int) error {
 // nothing of the files.
 func (d *disk) replay(n int, w io.WriterAt) error {
 	for _, wr := range d.log[:n] {
-		p := make([]byte, wr.n)
-		fill(p, wr.seed)
-		if _, err := w.WriteAt(p, wr.off); err != nil {
+		if _, err := w.WriteAt(wr.bytes(), wr.off); err != nil {
 			return fmt.Errorf("replaying: %w", err)
 		}
 	}
 	return nil
+}
+
+// whole widens data at off to sectors, with what the log says is around it.
+func (d *disk) whole(off int64, data []byte) write {
+	sector := d.top().file.sector
+	from, to := off/sector*sector, (off+int64(len(data))+sector-1)/sector*sector
+	w := write{off: from, n: to - from, data: make([]byte, to-from)}
+	for _, old := range d.log {
+		if old.off < to && old.off+old.n > from {
+			p := old.bytes()
+			for i := max(old.off, from); i < min(old.off+old.n, to); i++ {
+				w.data[i-from] = p[i-old.off]
+			}
+		}
+	}
+	copy(w.data[off-from:], data)
+	return w
 }

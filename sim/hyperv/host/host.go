@@ -48,8 +48,6 @@ type Trouble struct {
 	FailJob map[string]string
 	// Refuse answers the next call of a method with this code.
 	Refuse map[string]uint32
-	// LoseTracking forgets all RCT ids, as after a crash of the host.
-	LoseTracking bool
 	// UnequalArrays leaves the last id out of reference points' arrays.
 	UnequalArrays bool
 	// ShortAnswers makes GetVirtualDiskChanges process at most so many bytes.
@@ -134,6 +132,33 @@ func (h *Host) Write(name string, disk int, off, n int64, seed uint64) error {
 		return fmt.Errorf("no disk %d of a VM %s", disk, name)
 	}
 	return v.disks()[disk].write(write{off: off, n: n, seed: seed}, h.o.Granule)
+}
+
+// WriteBytes writes data as the guest.
+func (h *Host) WriteBytes(name string, disk int, off int64, data []byte) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	v := h.byName(name)
+	if v == nil || disk >= len(v.disks()) {
+		return fmt.Errorf("no disk %d of a VM %s", disk, name)
+	}
+	d := v.disks()[disk]
+	return d.write(d.whole(off, data), h.o.Granule)
+}
+
+// LoseTracking forgets what was written since all the ids that there are, as
+// after a crash of the host.
+func (h *Host) LoseTracking() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, v := range h.vms {
+		for _, d := range v.list {
+			clear(d.tracks)
+		}
+		for _, s := range v.snapshots {
+			clear(s.changes)
+		}
+	}
 }
 
 // Expected writes what disk has to hold at a moment: that of a checkpoint or a

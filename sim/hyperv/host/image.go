@@ -22,7 +22,7 @@ func (h *Host) changes(args results) (results, uint32) {
 	}
 	within := extent.Extent{Off: int64(args["ByteOffset"].Uint()), Len: int64(args["ByteLength"].Uint())}
 	t := tracks[args["LimitId"].String()]
-	if t == nil || h.trouble.LoseTracking || within.Off < 0 || within.Len <= 0 || within.Off > d.bytes || within.Len > d.bytes-within.Off {
+	if t == nil || within.Off < 0 || within.Len <= 0 || within.Off > d.bytes || within.Len > d.bytes-within.Off {
 		return nil, codeParameter
 	}
 	if h.trouble.ShortAnswers > 0 {

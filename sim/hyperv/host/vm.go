@@ -33,6 +33,7 @@ type Spec struct {
 	Version string // of the configuration: "10.0"
 	Off     bool
 	NoVSS   bool // the guest has no backup service
+	Linux   bool // the guest is not Windows
 	IDE     bool // generation 1, the first disk on IDE
 	Disks   []DiskSpec
 }
@@ -50,6 +51,7 @@ type vm struct {
 	version   string
 	state     int
 	vss       bool
+	linux     bool
 	changed   cim.Value // when state last did
 	config    *config
 	snapshots []*snapshot
@@ -134,7 +136,7 @@ func (c *config) part(class, suffix, resourceType, subtype string) *cim.Instance
 func (h *Host) AddVM(s Spec) (string, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, version: s.Version, state: stateRunning, vss: !s.NoVSS, changed: h.stamp(), moments: map[string]map[string]int{}}
+	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, version: s.Version, state: stateRunning, vss: !s.NoVSS, linux: s.Linux, changed: h.stamp(), moments: map[string]map[string]int{}}
 	if v.id == "" {
 		v.id = newGUID()
 	}
@@ -155,7 +157,7 @@ func (h *Host) AddVM(s Spec) (string, error) {
 	c.part("Msvm_VssComponentSettingData", "5CED1297-4598-4915-A5FC-AD21BB4D02A4", "1", "").Put("EnabledState", cim.Text(map[bool]string{true: "2", false: "3"}[v.vss]))
 	nic := c.part("Msvm_SyntheticEthernetPortSettingData", newGUID(), "10", "Microsoft:Hyper-V:Synthetic Ethernet Port").Put("ElementName", cim.Text("Network Adapter")).Put("Address", cim.Text("00155D010203"))
 	_, nicID, _ := strings.Cut(nic.Get("InstanceID").String(), `\`)
-	c.part("Msvm_EthernetPortAllocationSettingData", nicID+`\C`, "33", "Microsoft:Hyper-V:Ethernet Connection").Put("Parent", cim.Text(nic.Ref().Path())).Put("EnabledState", cim.Text("2"))
+	c.part("Msvm_EthernetPortAllocationSettingData", nicID+`\C`, "33", "Microsoft:Hyper-V:Ethernet Connection").Put("Parent", cim.Text(nic.Ref().Path())).Put("EnabledState", cim.Text("2")).Put("LastKnownSwitchName", cim.Text("LAN"))
 	controllers := map[string]*cim.Instance{}
 	for n, d := range s.Disks {
 		slot := n

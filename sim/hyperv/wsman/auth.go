@@ -18,7 +18,6 @@ type connection struct {
 	mu           sync.Mutex
 	conversation *ntlm.Conversation
 	session      *ntlm.Session
-	requests     int
 }
 
 type connectionKey struct{}
