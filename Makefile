@@ -23,7 +23,7 @@ demo: need-go ## a real VM is backed up, destroyed and brought back
 
 test: need-go ## every test, real libvirt and QEMU included
 	@scripts/need test
-	BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=1 -timeout 40m $(TESTFLAGS) ./...
+	BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=1 -timeout 40m -p $$(($$(nproc) + 1)) $(TESTFLAGS) ./...
 
 check: need-go ## the quick half: no VM, no root, about a minute
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }

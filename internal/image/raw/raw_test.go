@@ -36,9 +36,7 @@ func TestSamples(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer img.Close()
-			if got := imagetest.Hash(t, img, img.Size()); got != want {
-				t.Errorf("hash %s, want %s", got, want)
-			}
+			imagetest.Holds(t, img, img.Size(), want)
 			f, err := os.Open(path)
 			if err != nil {
 				t.Fatal(err)

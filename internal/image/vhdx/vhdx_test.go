@@ -55,12 +55,7 @@ func TestSamples(t *testing.T) {
 			}
 			defer img.Close()
 			t.Logf("%+v", img.Info())
-			// Hashing 10 GiB of zeros takes a minute; qemu-img is compared anyway.
-			if img.Size() <= 2<<30 || os.Getenv("BACKSTAY_MAY_NOT_SKIP") == "1" {
-				if got := imagetest.Hash(t, img, img.Size()); got != want {
-					t.Errorf("hash %s, want %s", got, want)
-				}
-			}
+			imagetest.Holds(t, img, img.Size(), want)
 			if img.Info().Variant != "differencing" && len(img.Info().Warnings) == 0 {
 				imagetest.Reader(t, img, imagetest.QemuRaw(t, path, "vhdx"))
 			}
