@@ -218,6 +218,62 @@ func (w WriterTest) outOfRange(t *testing.T) {
 	}
 }
 
+// Fill writes the runs of disk in order and finishes.
+func Fill(t testing.TB, w image.Writer, disk *Disk) {
+	t.Helper()
+	for _, e := range disk.Written().List() {
+		p := make([]byte, e.Len)
+		disk.ReadAt(p, e.Off)
+		if _, err := w.WriteAt(p, e.Off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Finish(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// FixedHasHoles is for formats that may give a disk all its room at once: what
+// such a disk of 64 MiB at path does not hold takes no room, and costs nothing
+// to read.
+func FixedHasHoles(t *testing.T, path string, w image.Writer, open func(image.File) (image.Image, error)) {
+	t.Helper()
+	p := make([]byte, 4<<20)
+	p[1<<20], p[2<<20-1] = 1, 1
+	for _, off := range []int64{0, 10 << 20} {
+		if _, err := w.WriteAt(p[off/10:][:1<<20], off); err != nil { // zeros first
+			t.Fatal(err)
+		}
+	}
+	if err := w.Finish(); err != nil {
+		t.Fatal(err)
+	}
+	f, err := image.OpenFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := open(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	if _, _, ok := image.NextData(f, 0, f.Bytes()); !ok {
+		t.Skip("this system does not tell holes from data")
+	}
+	var data int64
+	for e, err := range img.Extents(t.Context(), extent.Extent{Len: img.Size()}) {
+		if err != nil || e.Kind == image.Absent {
+			t.Fatal(e, err)
+		}
+		if e.Kind == image.Data {
+			data += e.Len
+		}
+	}
+	if data < 1<<20 || data > 2<<20 {
+		t.Errorf("a megabyte was written, and %d bytes are data", data)
+	}
+}
+
 // Qemu runs qemu-img and gives its output; t fails if it does.
 func Qemu(t testing.TB, args ...string) string {
 	t.Helper()

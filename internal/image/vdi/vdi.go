@@ -10,7 +10,6 @@ package vdi
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"iter"
 
@@ -152,13 +151,7 @@ func (img *Image) Extents(ctx context.Context, within extent.Extent) iter.Seq2[i
 }
 
 // Close closes the file and the parents.
-func (img *Image) Close() error {
-	err := img.file.Close()
-	if img.disk.Parent != nil {
-		err = errors.Join(err, img.disk.Parent.Close())
-	}
-	return err
-}
+func (img *Image) Close() error { return img.disk.Close(img.file) }
 
 // Info tells what the header says.
 func (img *Image) Info() image.Info {

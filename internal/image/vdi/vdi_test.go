@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"io"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -281,19 +280,6 @@ func FuzzOpen(f *testing.F) {
 		if img == nil {
 			return
 		}
-		n := 0
-		for e, err := range img.Extents(context.Background(), extent.Extent{Len: img.Size()}) {
-			if err != nil || n == 100 {
-				break
-			}
-			n++
-			buf := bytes.Repeat([]byte{0xa5}, int(min(e.Len, 4096)))
-			if got, err := img.ReadAt(buf, e.Off); err != nil && err != io.EOF || got != len(buf) {
-				t.Fatalf("%+v cannot be read: %d, %v", e, got, err)
-			}
-			if e.Kind != image.Data && len(bytes.Trim(buf, "\x00")) > 0 {
-				t.Fatalf("%+v is not zero", e)
-			}
-		}
+		imagetest.Agree(t, img)
 	})
 }

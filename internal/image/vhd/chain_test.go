@@ -15,30 +15,15 @@ import (
 	"github.com/backstay/backstay/internal/image/imagetest"
 )
 
-// files is a directory in memory, which notes what it was asked for.
-type files struct {
-	m     map[string]memory
-	asked []string
-}
-
-func (d *files) Resolve(name string) (image.File, error) {
-	d.asked = append(d.asked, name)
-	if m, ok := d.m[name]; ok {
-		return imagetest.Bytes(name, m), nil
-	}
-	return nil, fmt.Errorf("%q: %w", name, image.ErrNotAllowed)
-}
-
 // open opens the image called top, with its parents from d.
-func (d *files) open(top string) (image.Image, error) {
-	f := imagetest.Bytes(top, d.m[top])
-	img, err := Open(f, image.Parents(f, d, func(f image.File, _ image.Format, parent image.OpenParent) (image.Image, error) {
-		return Open(f, parent)
-	}))
-	if err != nil {
-		return nil, err
-	}
-	return img, nil
+func open(d *imagetest.Dir, top string) (image.Image, error) {
+	return d.Open(top, func(f image.File, parent image.OpenParent) (image.Image, error) {
+		img, err := Open(f, parent)
+		if err != nil {
+			return nil, err
+		}
+		return img, nil
+	})
 }
 
 // layerOf is a tiny differencing disk of the identity id over a parent that
@@ -66,29 +51,29 @@ func layerOf(id, parent uuid, code, name string) memory {
 func TestHostileLoops(t *testing.T) {
 	a, b := uuid{1}, uuid{2}
 	// Without files that can be compared, as in archives, a loop ends by its depth.
-	for name, d := range map[string]*files{
-		"a disk that is its own parent": {m: map[string]memory{"a": layerOf(a, a, "W2ru", "a")}},
-		"two that are each other's":     {m: map[string]memory{"a": layerOf(a, b, "W2ru", "b"), "b": layerOf(b, a, "W2ru", "a")}},
+	for name, d := range map[string]*imagetest.Dir{
+		"a disk that is its own parent": {Files: map[string][]byte{"a": layerOf(a, a, "W2ru", "a")}},
+		"two that are each other's":     {Files: map[string][]byte{"a": layerOf(a, b, "W2ru", "b"), "b": layerOf(b, a, "W2ru", "a")}},
 	} {
-		err := imagetest.Hostile(t, func() (image.Image, error) { return d.open("a") })
+		err := imagetest.Hostile(t, func() (image.Image, error) { return open(d, "a") })
 		if !errors.Is(err, fault.ErrCorrupt) || !strings.Contains(err.Error(), "more than 200 parents") {
 			t.Errorf("%s: %v", name, err)
 		}
-		if len(d.asked) > 2*image.MaxDepth {
-			t.Errorf("%s: %d files were asked for", name, len(d.asked))
+		if len(d.Asked) > 2*image.MaxDepth {
+			t.Errorf("%s: %d files were asked for", name, len(d.Asked))
 		}
 	}
 	for _, depth := range []int{image.MaxDepth, image.MaxDepth + 1} {
-		d := &files{m: map[string]memory{}}
+		d := &imagetest.Dir{Files: map[string][]byte{}}
 		for i := range depth {
-			d.m[fmt.Sprint(i)] = layerOf(uuid{1, byte(i)}, uuid{1, byte(i + 1)}, "W2ru", fmt.Sprint(i+1))
+			d.Files[fmt.Sprint(i)] = layerOf(uuid{1, byte(i)}, uuid{1, byte(i + 1)}, "W2ru", fmt.Sprint(i+1))
 		}
 		base := tiny(typeFixed)
 		id := uuid{1, byte(depth)}
 		copy(base[len(base)-footerBytes+68:], id[:])
 		binary.BigEndian.PutUint32(base[len(base)-footerBytes+64:], checksum(base[len(base)-footerBytes:], 64))
-		d.m[fmt.Sprint(depth)] = base
-		err := imagetest.Hostile(t, func() (image.Image, error) { return d.open("0") })
+		d.Files[fmt.Sprint(depth)] = base
+		err := imagetest.Hostile(t, func() (image.Image, error) { return open(d, "0") })
 		if (err == nil) != (depth <= image.MaxDepth) {
 			t.Errorf("a chain of %d parents: %v", depth, err)
 		}
@@ -98,7 +83,7 @@ func TestHostileLoops(t *testing.T) {
 // Every layer has two names for its parent, of which the first leads to a whole
 // chain of the wrong identity: 2^100 chains.
 func TestHostileChainsThatMultiply(t *testing.T) {
-	d := &files{m: map[string]memory{"x100": tiny(typeFixed), "y100": tiny(typeFixed)}}
+	d := &imagetest.Dir{Files: map[string][]byte{"x100": tiny(typeFixed), "y100": tiny(typeFixed)}}
 	for i := range 100 {
 		next := uuid{1, byte(i + 1)}
 		if i == 99 {
@@ -114,12 +99,12 @@ func TestHostileChainsThatMultiply(t *testing.T) {
 				m[atHeader+65+2*j] = byte(r)
 			}
 			m.seal()
-			d.m[fmt.Sprint(side, i)] = m
+			d.Files[fmt.Sprint(side, i)] = m
 		}
 	}
-	err := imagetest.Hostile(t, func() (image.Image, error) { return d.open("y0") })
-	if !errors.Is(err, fault.ErrCorrupt) || len(d.asked) > 3000 {
-		t.Errorf("%d files were asked for: %v", len(d.asked), err)
+	err := imagetest.Hostile(t, func() (image.Image, error) { return open(d, "y0") })
+	if !errors.Is(err, fault.ErrCorrupt) || len(d.Asked) > 3000 {
+		t.Errorf("%d files were asked for: %v", len(d.Asked), err)
 	}
 }
 
@@ -130,12 +115,12 @@ func TestHostilePaths(t *testing.T) {
 		"a.vhd:stream", "/dev/sda", "nbd://host/disk", `json:{"driver":"file"}`, "a\x00b", "\ufeffa", strings.Repeat("../", 60) + "x",
 	} {
 		for _, code := range []string{"W2ru", "W2ku", "Wi2r", "Wi2k", "MACX"} {
-			d := &files{m: map[string]memory{"top": layerOf(uuid{1}, uuid{2}, code, name)}}
-			err := imagetest.Hostile(t, func() (image.Image, error) { return d.open("top") })
+			d := &imagetest.Dir{Files: map[string][]byte{"top": layerOf(uuid{1}, uuid{2}, code, name)}}
+			err := imagetest.Hostile(t, func() (image.Image, error) { return open(d, "top") })
 			if !errors.Is(err, image.ErrNotAllowed) && !errors.Is(err, fault.ErrCorrupt) {
 				t.Errorf("%s %q: %v", code, name, err)
 			}
-			for _, asked := range d.asked {
+			for _, asked := range d.Asked {
 				if strings.ContainsRune(asked, 0) {
 					t.Errorf("%s %q: asked for %q", code, name, asked)
 				}
@@ -148,9 +133,9 @@ func TestHostilePaths(t *testing.T) {
 		m[atHeader+64+2*i], m[atHeader+65+2*i] = 0, byte(r)
 	}
 	m.seal()
-	d := &files{m: map[string]memory{"top": m, "base.vhd": tiny(typeFixed)}}
-	if _, err := d.open("top"); err != nil || !slices.Equal(d.asked, []string{"base.vhd"}) {
-		t.Errorf("a name in the header alone: %v, asked for %q", err, d.asked)
+	d := &imagetest.Dir{Files: map[string][]byte{"top": m, "base.vhd": tiny(typeFixed)}}
+	if _, err := open(d, "top"); err != nil || !slices.Equal(d.Asked, []string{"base.vhd"}) {
+		t.Errorf("a name in the header alone: %v, asked for %q", err, d.Asked)
 	}
 }
 
@@ -180,8 +165,8 @@ func TestWarningsOfAParent(t *testing.T) {
 	base.both(68, id[:]...)
 	base.both(84, 1)
 	base.seal()
-	d := &files{m: map[string]memory{"top": layerOf(uuid{1}, id, "W2ru", "base"), "base": base}}
-	img, err := d.open("top")
+	d := &imagetest.Dir{Files: map[string][]byte{"top": layerOf(uuid{1}, id, "W2ru", "base"), "base": base}}
+	img, err := open(d, "top")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -200,8 +185,8 @@ func TestDepthOfExtents(t *testing.T) {
 	top := layerOf(a, b, "W2ru", "mid")
 	top.put32(tableOffset, absent) // the first block is further down
 	top.seal()
-	d := &files{m: map[string]memory{"top": top, "mid": layerOf(b, c, "W2ru", "base"), "base": base}}
-	img, err := d.open("top")
+	d := &imagetest.Dir{Files: map[string][]byte{"top": top, "mid": layerOf(b, c, "W2ru", "base"), "base": base}}
+	img, err := open(d, "top")
 	if err != nil {
 		t.Fatal(err)
 	}

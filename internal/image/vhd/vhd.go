@@ -12,7 +12,6 @@ package vhd
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"iter"
 	"strings"
@@ -149,13 +148,7 @@ func (img *Image) Extents(ctx context.Context, within extent.Extent) iter.Seq2[i
 }
 
 // Close closes the file and the parents.
-func (img *Image) Close() error {
-	err := img.file.Close()
-	if img.disk.Parent != nil {
-		err = errors.Join(err, img.disk.Parent.Close())
-	}
-	return err
-}
+func (img *Image) Close() error { return img.disk.Close(img.file) }
 
 // Info tells what the footer and the header say.
 func (img *Image) Info() image.Info {

@@ -3,7 +3,6 @@ package vhdx
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -14,30 +13,15 @@ import (
 	"github.com/backstay/backstay/internal/image/imagetest"
 )
 
-// files is a directory in memory, which notes what it was asked for.
-type files struct {
-	m     map[string]memory
-	asked []string
-}
-
-func (d *files) Resolve(name string) (image.File, error) {
-	d.asked = append(d.asked, name)
-	if m, ok := d.m[name]; ok {
-		return imagetest.Bytes(name, m), nil
-	}
-	return nil, fmt.Errorf("%q: %w", name, image.ErrNotAllowed)
-}
-
 // open opens the image called top, with its parents from d.
-func (d *files) open(top string) (image.Image, error) {
-	f := imagetest.Bytes(top, d.m[top])
-	img, err := Open(f, image.Parents(f, d, func(f image.File, _ image.Format, parent image.OpenParent) (image.Image, error) {
-		return Open(f, parent)
-	}))
-	if err != nil {
-		return nil, err
-	}
-	return img, nil
+func open(d *imagetest.Dir, top string) (image.Image, error) {
+	return d.Open(top, func(f image.File, parent image.OpenParent) (image.Image, error) {
+		img, err := Open(f, parent)
+		if err != nil {
+			return nil, err
+		}
+		return img, nil
+	})
 }
 
 // identify gives m the DataWriteGuid id.
@@ -73,21 +57,21 @@ func link(id guid) string { return "{" + strings.ToUpper(id.String()) + "}" }
 
 func TestHostileLoops(t *testing.T) {
 	own := guid{1}
-	d := &files{m: map[string]memory{"a": overParent(t).identify(own).locate(
+	d := &imagetest.Dir{Files: map[string][]byte{"a": overParent(t).identify(own).locate(
 		"parent_linkage", link(own), "relative_path", `.\a`, "volume_path", `\\?\Volume{1}\a`, "absolute_win32_path", `C:\a`)}}
-	for name, d := range map[string]*files{
+	for name, d := range map[string]*imagetest.Dir{
 		"a disk that is its own parent": d,
-		"two that are each other's": {m: map[string]memory{
+		"two that are each other's": {Files: map[string][]byte{
 			"a": overParent(t).identify(own).locate("parent_linkage", link(own), "relative_path", `.\b`, "absolute_win32_path", `C:\b`),
-			"b": d.m["a"],
+			"b": d.Files["a"],
 		}},
 	} {
-		err := imagetest.Hostile(t, func() (image.Image, error) { return d.open("a") })
+		err := imagetest.Hostile(t, func() (image.Image, error) { return open(d, "a") })
 		if !errors.Is(err, fault.ErrCorrupt) || !strings.Contains(err.Error(), "more than 200 parents") || len(err.Error()) > 1000 {
 			t.Errorf("%s: %v", name, err)
 		}
-		if len(d.asked) > 2*image.MaxDepth {
-			t.Errorf("%s: %d files were asked for", name, len(d.asked))
+		if len(d.Asked) > 2*image.MaxDepth {
+			t.Errorf("%s: %d files were asked for", name, len(d.Asked))
 		}
 	}
 }
@@ -99,12 +83,12 @@ func TestHostilePaths(t *testing.T) {
 		"a.vhdx:stream", "/dev/sda", "nbd://host/disk", `json:{"driver":"file"}`, "a\x00b", "\ufeffa", strings.Repeat("../", 1000) + "x",
 	} {
 		for _, key := range []string{"relative_path", "volume_path", "absolute_win32_path"} {
-			d := &files{m: map[string]memory{"top": overParent(t).locate("parent_linkage", link(guid{1}), key, name)}}
-			err := imagetest.Hostile(t, func() (image.Image, error) { return d.open("top") })
+			d := &imagetest.Dir{Files: map[string][]byte{"top": overParent(t).locate("parent_linkage", link(guid{1}), key, name)}}
+			err := imagetest.Hostile(t, func() (image.Image, error) { return open(d, "top") })
 			if !errors.Is(err, image.ErrNotAllowed) {
 				t.Errorf("%s %q: %v", key, name, err)
 			}
-			for _, asked := range d.asked {
+			for _, asked := range d.Asked {
 				if strings.ContainsRune(asked, 0) {
 					t.Errorf("%s %q: asked for %q", key, name, asked)
 				}
@@ -136,8 +120,8 @@ func TestHostileText(t *testing.T) {
 	} {
 		m := overParent(t)
 		spoil(m)
-		d := &files{m: map[string]memory{"top": m}}
-		err := imagetest.Hostile(t, func() (image.Image, error) { return d.open("top") })
+		d := &imagetest.Dir{Files: map[string][]byte{"top": m}}
+		err := imagetest.Hostile(t, func() (image.Image, error) { return open(d, "top") })
 		if !errors.Is(err, fault.ErrCorrupt) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -179,8 +163,8 @@ func TestParentByAnyNameAndLinkage(t *testing.T) {
 		{"parent_linkage", link(id), "parent_linkage2", link(guid{}), "relative_path", `..\x\nowhere.vhdx`, "absolute_win32_path", `\\?\C:\vm\base.vhdx`},
 		{"parent_linkage", link(guid{9}), "parent_linkage2", strings.ToLower(link(id)), "volume_path", `\\?\Volume{26a21bda-a627-11d7-9931-806e6f6e6963}\vm\base.vhdx`},
 	} {
-		d := &files{m: map[string]memory{"top": overParent(t).locate(pairs...), "base.vhdx": base}}
-		img, err := d.open("top")
+		d := &imagetest.Dir{Files: map[string][]byte{"top": overParent(t).locate(pairs...), "base.vhdx": base}}
+		img, err := open(d, "top")
 		if err != nil {
 			t.Errorf("%q: %v", pairs, err)
 			continue
@@ -191,8 +175,8 @@ func TestParentByAnyNameAndLinkage(t *testing.T) {
 			}
 		}
 	}
-	d := &files{m: map[string]memory{"top": overParent(t).locate("parent_linkage", link(guid{9}), "relative_path", `.\base.vhdx`), "base.vhdx": base}}
-	_, err := d.open("top")
+	d := &imagetest.Dir{Files: map[string][]byte{"top": overParent(t).locate("parent_linkage", link(guid{9}), "relative_path", `.\base.vhdx`), "base.vhdx": base}}
+	_, err := open(d, "top")
 	if !errors.Is(err, fault.ErrCorrupt) || !strings.Contains(err.Error(), id.String()) || !strings.Contains(err.Error(), guid{9}.String()) || !strings.Contains(err.Error(), "base.vhdx") {
 		t.Errorf("a wrong parent: %v", err)
 	}

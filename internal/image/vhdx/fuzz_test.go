@@ -2,15 +2,12 @@ package vhdx
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
 
-	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/imagetest"
 )
@@ -69,20 +66,7 @@ func survive(t *testing.T, f image.File, parent image.OpenParent) {
 		}
 	}
 	img.Info()
-	n := 0
-	for e, err := range img.Extents(context.Background(), extent.Extent{Len: img.Size()}) {
-		if err != nil || n == 100 {
-			break
-		}
-		n++
-		buf := bytes.Repeat([]byte{0xa5}, int(min(e.Len, 4096)))
-		if got, err := img.ReadAt(buf, e.Off); err != nil && err != io.EOF || got != len(buf) {
-			t.Fatalf("%+v cannot be read: %d, %v", e, got, err)
-		}
-		if e.Kind != image.Data && len(bytes.Trim(buf, "\x00")) > 0 {
-			t.Fatalf("%+v is not zero", e)
-		}
-	}
+	imagetest.Agree(t, img)
 }
 
 // A seed is an image that a fuzzer changes, and puts right again.
@@ -255,41 +239,12 @@ func FuzzRoundTrip(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer w.Close()
-		for ; len(ops) >= 4; ops = ops[4:] {
-			off := int64(ops[0])<<14 | int64(ops[1])<<7
-			n := int64(ops[2])<<12 | int64(ops[3])
-			if u := w.Unit(); u > 1 {
-				off, n = off/u*u, n/u*u
+		imagetest.Play(t, w, o.VirtualBytes, want, ops, 1, func() (image.Image, error) {
+			f, err := image.OpenFile(path)
+			if err != nil {
+				return nil, err
 			}
-			off = min(off, o.VirtualBytes)
-			n = min(n, o.VirtualBytes-off)
-			p := bytes.Repeat([]byte{ops[3] & 3}, int(n))
-			copy(want[off:], p)
-			if m, err := w.WriteAt(p, off); m != len(p) || err != nil {
-				t.Fatalf("WriteAt(%d, %d) = %d, %v", n, off, m, err)
-			}
-			if len(p) > 0 && p[0] == 0 { // zeros over data are not promised
-				return
-			}
-		}
-		if err := w.Finish(); err != nil {
-			t.Fatal(err)
-		}
-		file, err := image.OpenFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		img, err := Open(file, parent)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer img.Close()
-		got := make([]byte, len(want))
-		if _, err := img.ReadAt(got, 0); err != nil && len(got) > 0 {
-			t.Fatal(err)
-		}
-		if !bytes.Equal(got, want) {
-			t.Fatal("another content")
-		}
+			return Open(f, parent)
+		})
 	})
 }

@@ -14,7 +14,6 @@ package vhdx
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -171,13 +170,7 @@ func (img *Image) Extents(ctx context.Context, within extent.Extent) iter.Seq2[i
 }
 
 // Close closes the file and the parents.
-func (img *Image) Close() error {
-	err := img.file.Close()
-	if img.disk.Parent != nil {
-		err = errors.Join(err, img.disk.Parent.Close())
-	}
-	return err
-}
+func (img *Image) Close() error { return img.disk.Close(img.file) }
 
 // Info tells what headers and metadata say. Identity is the DataWriteGuid, by
 // which children know their parent.

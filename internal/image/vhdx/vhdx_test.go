@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/imagetest"
 )
@@ -190,47 +189,13 @@ func sevenZip(t *testing.T, path string) string {
 	return imagetest.Hash(t, f, info.Size())
 }
 
-// What a fixed disk does not hold takes no room, and costs nothing to read.
 func TestFixedDiskHasHoles(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "disk.vhdx")
 	w, err := Create(path, image.CreateOptions{VirtualBytes: 64 << 20, Variant: "fixed"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := make([]byte, 4<<20)
-	p[1<<20], p[2<<20-1] = 1, 1
-	for _, off := range []int64{0, 10 << 20} {
-		if _, err := w.WriteAt(p[off/10:][:1<<20], off); err != nil { // zeros first
-			t.Fatal(err)
-		}
-	}
-	if err := w.Finish(); err != nil {
-		t.Fatal(err)
-	}
-	f, err := image.OpenFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	img, err := OpenLayer(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer img.Close()
-	if _, _, ok := image.NextData(f, 0, f.Bytes()); !ok {
-		t.Skip("this system does not tell holes from data")
-	}
-	var data int64
-	for e, err := range img.Extents(t.Context(), extent.Extent{Len: img.Size()}) {
-		if err != nil || e.Kind == image.Absent {
-			t.Fatal(e, err)
-		}
-		if e.Kind == image.Data {
-			data += e.Len
-		}
-	}
-	if data < 1<<20 || data > 2<<20 {
-		t.Errorf("a megabyte was written, and %d bytes are data", data)
-	}
+	imagetest.FixedHasHoles(t, path, w, func(f image.File) (image.Image, error) { return OpenLayer(f) })
 }
 
 // write makes an image of disk at path.
@@ -241,14 +206,5 @@ func write(t testing.TB, path string, disk *imagetest.Disk, o image.CreateOption
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, e := range disk.Written().List() {
-		p := make([]byte, e.Len)
-		disk.ReadAt(p, e.Off)
-		if _, err := w.WriteAt(p, e.Off); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := w.Finish(); err != nil {
-		t.Fatal(err)
-	}
+	imagetest.Fill(t, w, disk)
 }

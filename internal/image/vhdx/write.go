@@ -46,16 +46,7 @@ var _ image.Writer = (*Writer)(nil)
 // Create makes the file path, which must not exist. Finish also syncs the
 // directory, so that the file's name survives a power cut with its content.
 func Create(path string, o image.CreateOptions) (*Writer, error) {
-	f, err := layer.Create(path)
-	if err != nil {
-		return nil, err
-	}
-	w, err := newWriter(f, o)
-	if err != nil {
-		f.Discard()
-		return nil, err
-	}
-	return w, nil
+	return layer.Create(path, o, newWriter)
 }
 
 // NewWriter writes the image to f, a regular file whose content is dropped and

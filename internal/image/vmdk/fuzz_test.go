@@ -87,7 +87,7 @@ func FuzzOpen(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, p []byte) {
 		// The same bytes stand in for every extent.
-		img, err := openBytes(p, &fakeDir{files: map[string][]byte{"x": p, "sesparse.vmdk": p, "twoGbMaxExtentSparse-s001.vmdk": p}})
+		img, err := openBytes(p, &imagetest.Dir{Files: map[string][]byte{"x": p, "sesparse.vmdk": p, "twoGbMaxExtentSparse-s001.vmdk": p}})
 		if err != nil {
 			return
 		}
@@ -125,7 +125,7 @@ func FuzzDescriptor(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, text string) {
 		p := []byte("# Disk DescriptorFile\nversion=1\n" + text)
-		dir := &fakeDir{files: map[string][]byte{"x": make([]byte, 8192)}}
+		dir := &imagetest.Dir{Files: map[string][]byte{"x": make([]byte, 8192)}}
 		img, err := openBytes(p, dir)
 		if err != nil {
 			return

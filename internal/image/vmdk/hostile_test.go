@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -45,21 +44,7 @@ func made(t testing.TB, o image.CreateOptions) []byte {
 	return p
 }
 
-// fakeDir resolves names to bytes and notes what it was asked for.
-type fakeDir struct {
-	files map[string][]byte
-	asked []string
-}
-
-func (d *fakeDir) Resolve(name string) (image.File, error) {
-	d.asked = append(d.asked, name)
-	if p, ok := d.files[name]; ok {
-		return imagetest.Bytes(name, p), nil
-	}
-	return nil, fmt.Errorf("%q: %w", name, image.ErrNotAllowed)
-}
-
-func openBytes(p []byte, dir *fakeDir) (image.Image, error) {
+func openBytes(p []byte, dir *imagetest.Dir) (image.Image, error) {
 	o := image.OpenOptions{}
 	if dir != nil {
 		o.Resolver = dir
@@ -72,7 +57,7 @@ func openBytes(p []byte, dir *fakeDir) (image.Image, error) {
 }
 
 // readsAll reads the whole of an image that opens.
-func readsAll(p []byte, dir *fakeDir) error {
+func readsAll(p []byte, dir *imagetest.Dir) error {
 	img, err := openBytes(p, dir)
 	if err != nil {
 		return err
@@ -327,7 +312,7 @@ func TestHostileDescriptors(t *testing.T) {
 		{"Windows line ends, NULs and blanks", strings.ReplaceAll(head, "\n", " \r\n") + "RW\t1 ZERO\r\n rw  1   zero  \r\n\x00\x00RW 5 MAGIC", nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			dir := &fakeDir{files: map[string][]byte{"a": make([]byte, 1024)}}
+			dir := &imagetest.Dir{Files: map[string][]byte{"a": make([]byte, 1024)}}
 			text := []byte(c.text)
 			err := imagetest.Hostile(t, func() (image.Image, error) { return openBytes(text, dir) })
 			if c.want == nil && err != nil || c.want != nil && !errors.Is(err, c.want) {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/imagetest"
 	"github.com/backstay/backstay/internal/image/vmdk"
 )
 
@@ -44,7 +45,7 @@ func TestOddDescriptors(t *testing.T) {
 		{"GBK name of a disk renamed on the way", head + "encoding=\"GBK\"\nRW 1 FLAT \"\xd0\xc2-flat.vmdk\" 0\n", "1"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			dir := &fakeDir{files: map[string][]byte{
+			dir := &imagetest.Dir{Files: map[string][]byte{
 				"a": first, "b": second, "a b = c.vmdk": second, "m\xf6bel.vmdk": first, "€uro.vmdk": second, "hostile-flat.vmdk": first,
 			}}
 			img, err := openBytes([]byte(c.text), dir)
@@ -80,7 +81,7 @@ func TestRefusalsNameTheReason(t *testing.T) {
 		{"on vSAN", head + "RW 8 VMFS \"vsan://52d6-9a\"\n", "object"},
 		{"change tracking file", "\xa2\x72\x19\xf6\x01\x00\x00\x00" + strings.Repeat("\x00", 504), "change tracking"},
 	} {
-		_, err := openBytes([]byte(c.text), &fakeDir{})
+		_, err := openBytes([]byte(c.text), &imagetest.Dir{})
 		if !errors.Is(err, fault.ErrUnsupported) || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v", c.name, err)
 		}
@@ -89,7 +90,7 @@ func TestRefusalsNameTheReason(t *testing.T) {
 		{"access misspelt", head + "RW 1 ZERO\nRDWR 8 FLAT \"a\" 0\n"},
 		{"access missing", head + "RW 1 ZERO\n = 8 FLAT \"a\" 0\n"},
 	} {
-		if _, err := openBytes([]byte(c.text), &fakeDir{}); !errors.Is(err, fault.ErrCorrupt) {
+		if _, err := openBytes([]byte(c.text), &imagetest.Dir{}); !errors.Is(err, fault.ErrCorrupt) {
 			t.Errorf("%s: an extent is left out: %v", c.name, err)
 		}
 	}
@@ -97,7 +98,7 @@ func TestRefusalsNameTheReason(t *testing.T) {
 
 // The change tracking file is shown and never opened.
 func TestChangeTrackingFileIsShown(t *testing.T) {
-	dir := &fakeDir{files: map[string][]byte{"a": make([]byte, 512), "x-ctk.vmdk": make([]byte, 512)}}
+	dir := &imagetest.Dir{Files: map[string][]byte{"a": make([]byte, 512), "x-ctk.vmdk": make([]byte, 512)}}
 	text := "# Disk DescriptorFile\nversion=3\nCID=12345678\nparentCID=ffffffff\nRW 1 VMFS \"a\"\nchangeTrackPath=\"x-ctk.vmdk\"\n"
 	img, err := openBytes([]byte(text), dir)
 	if err != nil {
@@ -107,8 +108,8 @@ func TestChangeTrackingFileIsShown(t *testing.T) {
 	if got := img.Info().FormatDetails["change tracking file"]; got != "x-ctk.vmdk" {
 		t.Errorf("Info shows %q", got)
 	}
-	if len(dir.asked) != 1 || dir.asked[0] != "a" {
-		t.Errorf("opened %q", dir.asked)
+	if len(dir.Asked) != 1 || dir.Asked[0] != "a" {
+		t.Errorf("opened %q", dir.Asked)
 	}
 }
 

@@ -163,7 +163,7 @@ func TestCOWD(t *testing.T) {
 		}
 	}
 	text := "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"vmfsSparse\"\nRW 8192 VMFSSPARSE \"x-delta.vmdk\"\n"
-	img, err := openBytes([]byte(text), &fakeDir{files: map[string][]byte{"x-delta.vmdk": cowd(disk, held)}})
+	img, err := openBytes([]byte(text), &imagetest.Dir{Files: map[string][]byte{"x-delta.vmdk": cowd(disk, held)}})
 	if err != nil {
 		t.Fatal(err)
 	}

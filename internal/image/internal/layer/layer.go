@@ -83,6 +83,15 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	return done, end
 }
 
+// Close closes the layer's file and its parents.
+func (d *Disk) Close(file io.Closer) error {
+	err := file.Close()
+	if d.Parent != nil {
+		err = errors.Join(err, d.Parent.Close())
+	}
+	return err
+}
+
 // readExtent fills p, all of e.
 func (d *Disk) readExtent(p []byte, e image.Extent) (int, error) {
 	switch {

@@ -343,11 +343,14 @@ func TestBrokenChainIsTriedOnce(t *testing.T) {
 
 func TestOutput(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "disk")
-	o, err := Create(path)
+	create := func(fail error) (*Output, error) {
+		return Create(path, image.CreateOptions{}, func(o *Output, _ image.CreateOptions) (*Output, error) { return o, fail })
+	}
+	o, err := create(nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Create(path); !errors.Is(err, fs.ErrExist) {
+	if _, err := create(nil); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("a file that is there: %v", err)
 	}
 	if err := errors.Join(o.Finish(), o.Close(), o.Close()); err != nil {
@@ -362,8 +365,9 @@ func TestOutput(t *testing.T) {
 		t.Errorf("somebody else's file is gone: %v", err)
 	}
 	os.Remove(path)
-	o, _ = Create(path)
-	o.Discard()
+	if _, err := create(fault.ErrUnsupported); !errors.Is(err, fault.ErrUnsupported) {
+		t.Errorf("an image that cannot be: %v", err)
+	}
 	if _, err := os.Stat(path); err == nil {
 		t.Error("a discarded file is left")
 	}

@@ -14,13 +14,18 @@ type Output struct {
 	closed bool
 }
 
-// Create makes the file path, which must not exist.
-func Create(path string) (*Output, error) {
+// Create makes the file path, which must not exist, for the image that start
+// begins to write into it. If that fails there is no file.
+func Create[W any](path string, o image.CreateOptions, start func(*Output, image.CreateOptions) (W, error)) (w W, err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return nil, err
+		return w, err
 	}
-	return &Output{Output: f, path: path}, nil
+	out := &Output{Output: f, path: path}
+	if w, err = start(out, o); err != nil {
+		out.Discard()
+	}
+	return w, err
 }
 
 // Writeback is that of a local file, and nil for others.
