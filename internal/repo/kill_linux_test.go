@@ -16,26 +16,6 @@ import (
 	"github.com/backstay/backstay/internal/point"
 )
 
-// The process that TestKilledAtAnyMoment kills is this test binary, told so by
-// these.
-const (
-	victimDir  = "BACKSTAY_TEST_VICTIM_DIR"
-	victimWhat = "BACKSTAY_TEST_VICTIM_WHAT"
-	victimSeed = "BACKSTAY_TEST_VICTIM_SEED"
-)
-
-func init() {
-	if dir := os.Getenv(victimDir); dir != "" {
-		beatEvery, pollEvery = 20*time.Millisecond, 5*time.Millisecond
-		seed, _ := strconv.ParseUint(os.Getenv(victimSeed), 10, 64)
-		if err := beVictim(dir, os.Getenv(victimWhat), seed); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-}
-
 // victimContent is the disk of the VM k<seed>: two thirds are of all VMs.
 func victimContent(seed uint64) []byte {
 	var b []byte
@@ -49,16 +29,9 @@ func victimContent(seed uint64) []byte {
 	return append(b, text(seed, 7000)...)
 }
 
-func beVictim(dir, what string, seed uint64) error {
-	st, err := file.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer st.Close()
-	r, err := Open(bg, st, testKey)
-	if err != nil {
-		return err
-	}
+// beVictim is the process that TestKilledAtAnyMoment kills.
+func beVictim(r *Repository, what string, seed uint64) error {
+	beatEvery, pollEvery = 20*time.Millisecond, 5*time.Millisecond
 	points, err := r.Points(bg)
 	if err != nil {
 		return err
@@ -113,10 +86,6 @@ func TestKilledAtAnyMoment(t *testing.T) {
 	case testing.Short():
 		kills = 4
 	}
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	seed := rand.Uint64()
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	dir := t.TempDir()
@@ -147,8 +116,7 @@ func TestKilledAtAnyMoment(t *testing.T) {
 		}
 		var victims []*victim
 		for i, what := range whats {
-			v := &victim{what: what, cmd: exec.Command(exe), errs: &bytes.Buffer{}, waited: make(chan string, 1)}
-			v.cmd.Env = append(os.Environ(), victimDir+"="+dir, victimWhat+"="+what, victimSeed+"="+strconv.FormatUint(round*2+uint64(i)+1, 10))
+			v := &victim{what: what, cmd: player(dir, "victim", what, round*2+uint64(i)+1), errs: &bytes.Buffer{}, waited: make(chan string, 1)}
 			v.cmd.Stderr = v.errs
 			out, err := v.cmd.StdoutPipe()
 			if err != nil {

@@ -5,9 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"os/exec"
-	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -17,21 +14,6 @@ import (
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
 )
-
-// The writer of TestStoppedWriters is this test binary, told so by these.
-const (
-	writerDir  = "BACKSTAY_TEST_WRITER_DIR"
-	writerName = "BACKSTAY_TEST_WRITER_NAME"
-	writerSeed = "BACKSTAY_TEST_WRITER_SEED"
-)
-
-func init() {
-	if dir := os.Getenv(writerDir); dir != "" {
-		beatEvery = 50 * time.Millisecond
-		seed, _ := strconv.ParseUint(os.Getenv(writerSeed), 10, 64)
-		os.Exit(writeFor(dir, os.Getenv(writerName), seed))
-	}
-}
 
 // stoppedContent is what a writer with that seed stores. Half of its chunks are
 // those of every other.
@@ -47,19 +29,10 @@ func stoppedContent(seed uint64) []byte {
 	return b
 }
 
-// writeFor is the process: it makes one point, slowly.
-func writeFor(dir, name string, seed uint64) int {
-	st, err := file.Open(dir)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	defer st.Close()
-	r, err := Open(bg, st, testKey)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
+// beWriter is the process that TestStoppedWriters stops. It makes one point,
+// slowly.
+func beWriter(r *Repository, name string, seed uint64) error {
+	beatEvery = 50 * time.Millisecond
 	fmt.Println("begins")
 	content := stoppedContent(seed)
 	s, err := r.Begin(bg, SessionOptions{})
@@ -73,10 +46,9 @@ func writeFor(dir, name string, seed uint64) int {
 	case errors.Is(err, fault.ErrFenced):
 		fmt.Println("fenced")
 	default:
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+		return err
 	}
-	return 0
+	return nil
 }
 
 func slowly(s *Session, name string, content []byte) error {
@@ -111,10 +83,6 @@ func TestStoppedWriters(t *testing.T) {
 	if testing.Short() {
 		runs = 5
 	}
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	var mu sync.Mutex
 	saw := map[string]int{}
 	slots := make(chan struct{}, 4)
@@ -123,7 +91,7 @@ func TestStoppedWriters(t *testing.T) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			what := stopOne(t, exe, uint64(run))
+			what := stopOne(t, uint64(run))
 			mu.Lock()
 			defer mu.Unlock()
 			saw[what]++
@@ -136,7 +104,7 @@ func TestStoppedWriters(t *testing.T) {
 	}
 }
 
-func stopOne(t *testing.T, exe string, seed uint64) string {
+func stopOne(t *testing.T, seed uint64) string {
 	rnd := rand.New(rand.NewPCG(seed, 3))
 	dir := t.TempDir()
 	st, err := file.Open(dir)
@@ -162,8 +130,7 @@ func stopOne(t *testing.T, exe string, seed uint64) string {
 		return ""
 	}
 	var out, errs bytes.Buffer
-	cmd := exec.Command(exe)
-	cmd.Env = append(os.Environ(), writerDir+"="+dir, writerName+"=vm", writerSeed+"="+strconv.FormatUint(seed, 10))
+	cmd := player(dir, "writer", "vm", seed)
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Start(); err != nil {
 		t.Error(err)

@@ -13,37 +13,11 @@ import (
 	"github.com/backstay/backstay/internal/blob/file"
 )
 
-// A writer of TestManyWriters is this test binary, told so by these.
-const (
-	manyDir  = "BACKSTAY_TEST_MANY_DIR"
-	manySeed = "BACKSTAY_TEST_MANY_SEED"
-)
-
-func init() {
-	if dir := os.Getenv(manyDir); dir != "" {
-		claimPatience, claimPoll = 10*time.Minute, 20*time.Millisecond // also on a busy machine
-		claimAnswer = claimPatience
-		seed, _ := strconv.ParseUint(os.Getenv(manySeed), 10, 64)
-		if err := beOneOfMany(dir, seed); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-}
-
 // beOneOfMany makes a point of VM m<seed>. What all have in common is durable,
 // and named in an index object, when it says "shared".
-func beOneOfMany(dir string, seed uint64) error {
-	st, err := file.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer st.Close()
-	r, err := Open(bg, st, testKey)
-	if err != nil {
-		return err
-	}
+func beOneOfMany(r *Repository, _ string, seed uint64) error {
+	claimPatience, claimPoll = 10*time.Minute, 20*time.Millisecond // also on a busy machine
+	claimAnswer = claimPatience
 	fmt.Println("opened")
 	_, _ = bufio.NewReader(os.Stdin).ReadString('\n')
 	s, err := r.Begin(bg, SessionOptions{})
@@ -86,10 +60,6 @@ func beOneOfMany(dir string, seed uint64) error {
 // that all begin at the same moment, or each when the one before has stored, and
 // not yet committed, what they have in common.
 func TestManyWriters(t *testing.T) {
-	exe, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	writers := 16
 	if testing.Short() {
 		writers = 5
@@ -119,9 +89,8 @@ func TestManyWriters(t *testing.T) {
 				}
 			}
 			for i := range all {
-				w := &writer{cmd: exec.Command(exe)}
+				w := &writer{cmd: player(dir, "one of many", "", uint64(i))}
 				all[i] = w
-				w.cmd.Env = append(os.Environ(), manyDir+"="+dir, manySeed+"="+strconv.Itoa(i))
 				w.cmd.Stderr = &w.errs
 				in, err := w.cmd.StdinPipe()
 				if err != nil {
