@@ -16,6 +16,15 @@ type claim struct {
 	here  index.Place // in the pack that is to go
 }
 
+// liveOf gives where those of the entries' chunks are that live.
+func (v *vacuum) liveOf(ctx context.Context, entries []index.Entry) (map[index.Key]index.Place, error) {
+	keys := make([]index.Key, len(entries))
+	for i := range entries {
+		keys[i] = entries[i].Key
+	}
+	return v.marks.Marked(ctx, keys)
+}
+
 // confirm makes sure that no pack goes because the index is wrong: it is a
 // cache, and packs alone say what is in them. The trailers of the packs that
 // are to go name chunks that live elsewhere; the trailers of those other packs
@@ -28,11 +37,7 @@ func (v *vacuum) confirm(ctx context.Context) error {
 		if failed != nil {
 			return
 		}
-		keys := make([]index.Key, len(ip.Entries))
-		for i := range ip.Entries {
-			keys[i] = ip.Entries[i].Key
-		}
-		places, err := v.marks.Marked(ctx, keys)
+		places, err := v.liveOf(ctx, ip.Entries)
 		if err != nil {
 			failed = err
 			return

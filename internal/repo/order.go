@@ -55,11 +55,7 @@ func (v *vacuum) liveIn(ctx context.Context, packs []uint32) (moves []move, next
 			if failed != nil {
 				return
 			}
-			keys := make([]index.Key, len(ip.Entries))
-			for i := range ip.Entries {
-				keys[i] = ip.Entries[i].Key
-			}
-			places, err := v.marks.Marked(ctx, keys)
+			places, err := v.liveOf(ctx, ip.Entries)
 			if index.Damaged(err) {
 				return // it stays
 			}
