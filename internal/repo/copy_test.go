@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/backstay/backstay/internal/blob"
-	"github.com/backstay/backstay/internal/blob/blobtest"
 	"github.com/backstay/backstay/internal/blob/mem"
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/fault"
@@ -290,7 +289,7 @@ func TestCopySurvivesCrash(t *testing.T) {
 				mustInit(t, st)
 			}
 			var err error
-			if to, oerr := Open(bg, blobtest.CrashAfter(n, st), testKey); oerr != nil {
+			if to, oerr := Open(bg, crashAfter(n, st), testKey); oerr != nil {
 				err = oerr
 			} else {
 				_, err = copyAll(bg, s.r, to, s.points)

@@ -93,9 +93,9 @@ func TestBackupSurvivesCrash(t *testing.T) {
 	for _, applied := range []bool{false, true} {
 		for n := 0; ; n += stride() {
 			disk := base.Clone()
-			crash := blobtest.CrashAfter(n, disk)
+			crash := crashAfter(n, disk)
 			if applied {
-				crash = blobtest.CrashAfterApplied(n, disk)
+				crash = crashAfterApplied(n, disk)
 			}
 			p, err := runBackup(crash, b, first, a)
 			if p != nil {
@@ -164,7 +164,7 @@ func garbageRepo(t *testing.T) (*mem.Store, *history, *point.RestorePoint) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := runBackup(blobtest.CrashAfter(3, st), noise(77, 5*testChunk), nil, nil); err == nil {
+	if _, err := runBackup(crashAfter(3, st), noise(77, 5*testChunk), nil, nil); err == nil {
 		t.Fatal("the crash did not happen")
 	}
 	return st, &history{points: []*point.RestorePoint{q, v}, content: h.content}, q
@@ -236,9 +236,9 @@ func TestVacuumSurvivesCrash(t *testing.T) {
 					}
 					return noLocks{disk}
 				}
-				crash := blobtest.CrashAfter(n, view())
+				crash := crashAfter(n, view())
 				if applied {
-					crash = blobtest.CrashAfterApplied(n, view())
+					crash = crashAfterApplied(n, view())
 				}
 				r, err := OpenKeyless(bg, crash)
 				if err != nil {

@@ -12,7 +12,6 @@ import (
 	"filippo.io/age"
 
 	"github.com/backstay/backstay/internal/blob"
-	"github.com/backstay/backstay/internal/blob/blobtest"
 	"github.com/backstay/backstay/internal/blob/mem"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/object"
@@ -272,7 +271,7 @@ func TestRotateSurvivesCrash(t *testing.T) {
 	for n := 0; ; n += stride() {
 		st := mem.New()
 		mustInit(t, st)
-		ring, err := OpenKeyring(bg, blobtest.CrashAfter(n, st), testKey)
+		ring, err := OpenKeyring(bg, crashAfter(n, st), testKey)
 		if err == nil {
 			_, err = ring.Rotate(bg, ring.Opened(), newPass("new", ""), false)
 		}

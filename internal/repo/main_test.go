@@ -4,6 +4,9 @@ import (
 	"os"
 	"testing"
 	"time"
+
+	"github.com/backstay/backstay/internal/blob"
+	"github.com/backstay/backstay/internal/blob/blobtest"
 )
 
 func TestMain(m *testing.M) {
@@ -35,6 +38,17 @@ func noLooks(t *testing.T) {
 	look, after := lookEvery, indexAfter
 	lookEvery, indexAfter = time.Hour, time.Hour
 	t.Cleanup(func() { lookEvery, indexAfter = look, after })
+}
+
+// crashAfter is blobtest.CrashAfter for a process of which signs of life do not
+// count: they come by the clock.
+func crashAfter(n int, st blob.Store) *blobtest.Crash {
+	return blobtest.CrashAfter(n, st).Uncounted(beatPrefix)
+}
+
+// crashAfterApplied is blobtest.CrashAfterApplied in the same way.
+func crashAfterApplied(n int, st blob.Store) *blobtest.Crash {
+	return blobtest.CrashAfterApplied(n, st).Uncounted(beatPrefix)
 }
 
 // stride is how far apart the steps are after which a test lets a process or a

@@ -316,7 +316,7 @@ func TestHealingSurvivesCrash(t *testing.T) {
 	}
 	for n := 0; ; n += stride() {
 		disk := base.Clone()
-		err := heal(blobtest.CrashAfter(n, disk))
+		err := heal(crashAfter(n, disk))
 		if err := heal(disk); err != nil {
 			t.Fatalf("crash after %d: %v", n, err)
 		}
@@ -477,7 +477,7 @@ func TestReplacingDamagedPacksSurvivesCrash(t *testing.T) {
 			if !locks {
 				view = noLocks{disk}
 			}
-			r, err := OpenKeyless(bg, blobtest.CrashAfter(n, view))
+			r, err := OpenKeyless(bg, crashAfter(n, view))
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -418,7 +418,7 @@ func TestRepairSurvivesCrash(t *testing.T) {
 	base.Damage(names[0], func(b []byte) []byte { b[20] ^= 1; return b })
 	for n := 0; ; n += stride() {
 		st := base.Clone()
-		r, err := OpenKeyless(bg, blobtest.CrashAfter(n, st))
+		r, err := OpenKeyless(bg, crashAfter(n, st))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -450,7 +450,7 @@ func TestJoinIndexSurvivesCrash(t *testing.T) {
 	base, r := newRepo(t)
 	content := noise(1, 20*testChunk)
 	p := mustBackup(t, r, "web01", content, nil, nil)
-	for _, crashAfter := range []func(int, blob.Store) *blobtest.Crash{blobtest.CrashAfter, blobtest.CrashAfterApplied} {
+	for _, crashAfter := range []func(int, blob.Store) *blobtest.Crash{crashAfter, crashAfterApplied} {
 		for n := 0; ; n++ {
 			st := base.Clone()
 			crash := crashAfter(n, st)

@@ -63,6 +63,20 @@ func TestCrashAfter(t *testing.T) {
 	}
 }
 
+// What comes by the clock does not bring the crash nearer.
+func TestCrashUncounted(t *testing.T) {
+	st := blobtest.CrashAfter(1, mem.New()).Uncounted("beat/")
+	for i, c := range []struct {
+		name string
+		dead bool
+	}{{"beat/1", false}, {"a", false}, {"beat/2", false}, {"beats", true}, {"beat/3", true}} {
+		r, n := blobtest.Body([]byte("x"))
+		if err := st.Create(t.Context(), c.name, r, n); errors.Is(err, blobtest.ErrCrashed) != c.dead {
+			t.Errorf("call %d, %s: %v", i, c.name, err)
+		}
+	}
+}
+
 func TestFaultyAndCount(t *testing.T) {
 	disk, counter := blobtest.Count(mem.New())
 	st := blobtest.Faulty(disk, func(c blobtest.Call) error {
