@@ -1,16 +1,12 @@
 package azure
 
 import (
-	"bytes"
 	"encoding/base64"
 	"errors"
 	"fmt"
-	"go/build"
 	"io"
-	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -34,44 +30,14 @@ var accountKey = base64.StdEncoding.EncodeToString([]byte("not a secret: this em
 // emulator starts Azurite and gives its host:port.
 func emulator(t *testing.T) string {
 	t.Helper()
-	exe, err := exec.LookPath("azurite-blob")
-	if err != nil {
-		exe = filepath.Join(build.Default.GOPATH, "azurite", "node_modules", ".bin", "azurite-blob")
-		_, err = os.Stat(exe)
-	}
-	if err != nil {
-		if os.Getenv("BACKSTAY_MAY_NOT_SKIP") != "" {
-			t.Fatal("azurite is not installed, and this test may not be skipped")
-		}
-		t.Skip("azurite is not installed (scripts/need test)")
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	at := l.Addr().String()
-	_, port, _ := net.SplitHostPort(at)
-	l.Close()
-	cmd := exec.Command(exe, "--silent", "--skipApiVersionCheck", "--disableTelemetry", "--blobHost", "127.0.0.1", "--blobPort", port, "--location", t.TempDir())
-	cmd.Env = append(os.Environ(), "AZURITE_ACCOUNTS="+account+":"+accountKey)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	for range 600 {
-		if c, err := net.Dial("tcp", at); err == nil {
-			c.Close()
-			return at
-		}
-		time.Sleep(100 * time.Millisecond)
-	}
-	t.Fatalf("azurite did not start:\n%s", out.String())
-	return ""
+	dir := t.TempDir()
+	return blobtest.Server{
+		Program: "azurite-blob", Beside: "azurite/node_modules/.bin/azurite-blob",
+		Env: []string{"AZURITE_ACCOUNTS=" + account + ":" + accountKey},
+		Args: func(host, port string) []string {
+			return []string{"--silent", "--skipApiVersionCheck", "--disableTelemetry", "--blobHost", host, "--blobPort", port, "--location", dir}
+		},
+	}.Start(t)
 }
 
 var containers atomic.Int64
@@ -113,7 +79,7 @@ func TestStore(t *testing.T) {
 	})
 	t.Run("trouble on every third request", func(t *testing.T) {
 		blobtest.Run(t, func(t *testing.T) blob.Store {
-			st := open(t, makeContainer(t, at), byKey(), func(rt http.RoundTripper) http.RoundTripper { return &troubled{RoundTripper: rt} })
+			st := open(t, makeContainer(t, at), byKey(), func(rt http.RoundTripper) http.RoundTripper { return blobtest.Troubled(rt, serverBusy) })
 			return retry.Wrap(st, retry.Options{First: time.Millisecond, Longest: 5 * time.Millisecond})
 		})
 	})
@@ -170,34 +136,9 @@ func TestStore(t *testing.T) {
 	})
 }
 
-// troubled fails requests as servers do: busy before the request took effect,
-// a connection that breaks after it did, an answer that breaks off.
-type troubled struct {
-	http.RoundTripper
-	n atomic.Int64
-}
-
-func (tr *troubled) RoundTrip(r *http.Request) (*http.Response, error) {
-	n := tr.n.Add(1)
-	if n%3 != 0 {
-		return tr.RoundTripper.RoundTrip(r)
-	}
-	if n%2 == 0 {
-		if r.Body != nil {
-			r.Body.Close()
-		}
-		return &http.Response{StatusCode: 503, Status: "503", Header: http.Header{"X-Ms-Error-Code": {"ServerBusy"}}, Request: r, ProtoMajor: 1, ProtoMinor: 1,
-			Body: io.NopCloser(strings.NewReader(""))}, nil
-	}
-	reply, err := tr.RoundTripper.RoundTrip(r)
-	if err != nil || r.Method != http.MethodGet || reply.StatusCode >= 300 {
-		if err == nil {
-			reply.Body.Close()
-		}
-		return nil, errors.New("connection reset")
-	}
-	reply.Body = io.NopCloser(io.LimitReader(reply.Body, max(reply.ContentLength/2, 1)))
-	return reply, nil
+func serverBusy(r *http.Request) *http.Response {
+	return &http.Response{StatusCode: 503, Status: "503", Header: http.Header{"X-Ms-Error-Code": {"ServerBusy"}}, Request: r, ProtoMajor: 1, ProtoMinor: 1,
+		Body: io.NopCloser(strings.NewReader(""))}
 }
 
 type answers func(*http.Request) (*http.Response, error)

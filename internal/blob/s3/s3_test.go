@@ -8,7 +8,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -99,54 +98,15 @@ func TestStore(t *testing.T) {
 	})
 	t.Run("trouble on every third request", func(t *testing.T) {
 		blobtest.Run(t, func(t *testing.T) blob.Store {
-			st := open(t, "s3://"+endpoint+"/"+g.Bucket(t), func(rt http.RoundTripper) http.RoundTripper { return &troubled{RoundTripper: rt} })
+			st := open(t, "s3://"+endpoint+"/"+g.Bucket(t), func(rt http.RoundTripper) http.RoundTripper { return blobtest.Troubled(rt, slowDown) })
 			return retry.Wrap(st, retry.Options{First: time.Millisecond, Longest: 5 * time.Millisecond})
 		})
 	})
 }
 
-// troubled fails requests as servers do: busy before the request took effect,
-// a connection that breaks after it did, an answer that breaks off.
-type troubled struct {
-	http.RoundTripper
-	n atomic.Int64
-}
-
-func (tr *troubled) RoundTrip(r *http.Request) (*http.Response, error) {
-	n := tr.n.Add(1)
-	if n%3 != 0 {
-		return tr.RoundTripper.RoundTrip(r)
-	}
-	if n%2 == 0 {
-		if r.Body != nil {
-			r.Body.Close()
-		}
-		return &http.Response{StatusCode: 503, Status: "503 Slow Down", Header: http.Header{}, Request: r, ProtoMajor: 1, ProtoMinor: 1,
-			Body: io.NopCloser(strings.NewReader("<Error><Code>SlowDown</Code></Error>"))}, nil
-	}
-	reply, err := tr.RoundTripper.RoundTrip(r)
-	if err != nil || r.Method != http.MethodGet || reply.StatusCode >= 300 {
-		if err == nil {
-			reply.Body.Close()
-		}
-		return nil, errors.New("connection reset")
-	}
-	reply.Body = &breaksOff{ReadCloser: reply.Body, left: reply.ContentLength / 2}
-	return reply, nil
-}
-
-type breaksOff struct {
-	io.ReadCloser
-	left int64
-}
-
-func (b *breaksOff) Read(p []byte) (int, error) {
-	if b.left <= 0 {
-		return 0, errors.New("connection reset")
-	}
-	n, err := b.ReadCloser.Read(p[:min(int64(len(p)), b.left)])
-	b.left -= int64(n)
-	return n, err
+func slowDown(r *http.Request) *http.Response {
+	return &http.Response{StatusCode: 503, Status: "503 Slow Down", Header: http.Header{}, Request: r, ProtoMajor: 1, ProtoMinor: 1,
+		Body: io.NopCloser(strings.NewReader("<Error><Code>SlowDown</Code></Error>"))}
 }
 
 // answers gives one answer to everything.

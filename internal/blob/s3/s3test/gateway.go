@@ -3,19 +3,17 @@
 package s3test
 
 import (
-	"bytes"
 	"fmt"
-	"go/build"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
+
+	"github.com/backstay/backstay/internal/blob/blobtest"
 )
 
 // What the server takes for its administrator, and its region.
@@ -37,43 +35,15 @@ type Gateway struct {
 // skipped, or fails if it may not be.
 func Start(t testing.TB) *Gateway {
 	t.Helper()
-	exe, err := exec.LookPath("versitygw")
-	if err != nil {
-		exe = filepath.Join(build.Default.GOPATH, "bin", "versitygw")
-		_, err = os.Stat(exe)
-	}
-	if err != nil {
-		if os.Getenv("BACKSTAY_MAY_NOT_SKIP") != "" {
-			t.Fatal("versitygw is not installed, and this test may not be skipped")
-		}
-		t.Skip("versitygw is not installed (scripts/need test)")
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	g := &Gateway{Endpoint: l.Addr().String(), dir: t.TempDir()}
-	l.Close()
-	cmd := exec.Command(exe, "--port", g.Endpoint, "--quiet", "posix", "--versioning-dir", t.TempDir(), g.dir)
-	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+AccessKey, "ROOT_SECRET_KEY="+SecretKey)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		cmd.Wait()
-	})
-	for range 400 {
-		if c, err := net.Dial("tcp", g.Endpoint); err == nil {
-			c.Close()
-			return g
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-	t.Fatalf("versitygw did not start:\n%s", out.String())
-	return nil
+	dir, versions := t.TempDir(), t.TempDir()
+	at := blobtest.Server{
+		Program: "versitygw", Beside: "bin/versitygw",
+		Env: []string{"ROOT_ACCESS_KEY=" + AccessKey, "ROOT_SECRET_KEY=" + SecretKey},
+		Args: func(host, port string) []string {
+			return []string{"--port", net.JoinHostPort(host, port), "--quiet", "posix", "--versioning-dir", versions, dir}
+		},
+	}.Start(t)
+	return &Gateway{Endpoint: at, dir: dir}
 }
 
 // Bucket makes a bucket and gives its name.
