@@ -37,10 +37,19 @@ bench: need-go ## the figures: backstay against its peers on the same bytes
 fuzz: need-go ## every parser for FUZZTIME, 60s by default
 	scripts/fuzz $(or $(FUZZTIME),60s)
 
-soak: need-go ## the tests of what may go wrong seldom, SOAK times over
+# Each part ends with a line of what it did and how long that took. SEEDS and
+# SOAK make it shorter.
+soak: need-go ## what may go wrong seldom, for some hours: SEEDS=10000 simulations, all under the race detector SOAK=10 times
 	@scripts/need test
-	BACKSTAY_SOAK=1 BACKSTAY_SEEDS=10000 $(GO) test -count=1 -v -timeout 12h -run '^(TestSimulation|TestKilledAtAnyMoment|TestEveryOperationBesideEveryOther|TestEveryCallFails)$$' ./internal/repo
-	BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=$(or $(SOAK),10) -timeout 12h -race $$(cat .ci/race)
+	@echo "== the repository: every order of calls, every failing call, kills at any moment"
+	BACKSTAY_SOAK=1 BACKSTAY_SEEDS=$(or $(SEEDS),10000) $(GO) test -count=1 -v -timeout 12h -run '^(TestSimulation|TestKilledAtAnyMoment|TestEveryOperationBesideEveryOther|TestEveryCallFails)$$' ./internal/repo
+	BACKSTAY_SOAK=1 $(GO) test -count=1 -v -timeout 12h -run '^TestNothingIsLost$$' ./internal/repo/internal/fencing
+	@echo "== the samples: the SHA-256 of every byte"
+	BACKSTAY_SOAK=1 $(GO) test -count=1 -timeout 2h -run '^TestSamples' ./internal/image/...
+	@echo "== in pure Go"
+	CGO_ENABLED=0 $(GO) test -count=1 -timeout 2h ./internal/repo/... ./internal/image/qcow2
+	@echo "== the race detector"
+	BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=$(or $(SOAK),10) -timeout 12h -race $$(cat .ci/race) ./internal/image/convert ./internal/image/raw
 
 need-go:
 	@command -v $(GO) >/dev/null || { echo "Go is missing: see https://go.dev/doc/install" >&2; exit 1; }

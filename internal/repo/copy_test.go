@@ -279,7 +279,7 @@ func TestReplicaMovesCiphertext(t *testing.T) {
 func TestCopySurvivesCrash(t *testing.T) {
 	for _, replica := range []bool{false, true} {
 		s := newSource(t, small)
-		for n := 0; ; n += 3 {
+		for n := 0; ; n += max(3, stride()) {
 			st := mem.New()
 			if replica {
 				if err := s.r.Replicate(bg, st); err != nil {

@@ -75,7 +75,8 @@ func TestVacuumWritesARun(t *testing.T) {
 }
 
 // Whatever happens to a run or a part of it: points are read, nothing is stored
-// twice, a check names the object, and the next vacuum makes it good.
+// twice, a check names the object, and the next vacuum makes it good. With
+// -short, which runs under the race detector, it is in use.
 func TestDamagedRunsAreDoneWithout(t *testing.T) {
 	whole, p, content := runRepo(t)
 	for _, name := range mustNames(t, whole, runPrefix) {
@@ -102,6 +103,9 @@ func TestDamagedRunsAreDoneWithout(t *testing.T) {
 		}
 		for what, fn := range damage {
 			for _, late := range []bool{false, true} {
+				if testing.Short() && !late {
+					continue
+				}
 				test := kind + " " + what
 				if late {
 					test += " while it is in use"
@@ -234,7 +238,7 @@ func tellLies(t *testing.T, st *mem.Store, flat bool, fn func(i int, k index.Key
 }
 
 // An index whose checksums are right and that is wrong: points are read, and a
-// vacuum takes nothing that they need.
+// vacuum takes nothing that they need. With -short it is a run.
 func TestALyingIndexIsNotBelieved(t *testing.T) {
 	lies := map[string]func(i int, p index.Place) index.Place{
 		"another offset":             func(_ int, p index.Place) index.Place { p.Off += 7; return p },
@@ -252,6 +256,9 @@ func TestALyingIndexIsNotBelieved(t *testing.T) {
 	}
 	for what, fn := range lies {
 		for _, flat := range []bool{false, true} {
+			if testing.Short() && flat {
+				continue
+			}
 			kind := "a run, "
 			if flat {
 				kind = "flat, "

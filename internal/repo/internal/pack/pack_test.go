@@ -59,6 +59,24 @@ func (v *vector) build(t testing.TB) (sum [32]byte, file []byte) {
 	return sum, file
 }
 
+// load makes v the vector of that name, which must still be built as it is, and
+// gives the entries of its pack.
+func (v *vector) load(t testing.TB, name string) []Entry {
+	t.Helper()
+	sum, file := v.build(t)
+	v.ID, v.Pack = sum[:], file
+	vectors.Load(t, name, v)
+	sum, file = v.build(t)
+	if !bytes.Equal(sum[:], v.ID) || !bytes.Equal(file, v.Pack) {
+		t.Errorf("pack %x is %x", sum, file)
+	}
+	entries, err := ReadEntries(bytes.NewReader(v.Pack), int64(len(v.Pack)))
+	if err != nil || len(entries) != len(v.Records) {
+		t.Fatalf("%v, %v", entries, err)
+	}
+	return entries
+}
+
 func sample(t testing.TB) *vector {
 	v := &vector{Repo: vectors.Fill(0, 16), Session: vectors.Fill(0x10, 16), IDKey: vectors.Fill(0x40, 32), DataKey: vectors.Fill(0x60, 32)}
 	w := v.worker()
@@ -76,17 +94,7 @@ func sample(t testing.TB) *vector {
 
 func TestVectors(t *testing.T) {
 	v := sample(t)
-	sum, file := v.build(t)
-	v.ID, v.Pack = sum[:], file
-	vectors.Load(t, "pack", v)
-	sum, file = v.build(t)
-	if !bytes.Equal(sum[:], v.ID) || !bytes.Equal(file, v.Pack) {
-		t.Errorf("pack %x is %x", sum, file)
-	}
-	entries, err := ReadEntries(bytes.NewReader(v.Pack), int64(len(v.Pack)))
-	if err != nil || len(entries) != len(v.Records) {
-		t.Fatalf("%v, %v", entries, err)
-	}
+	entries := v.load(t, "pack")
 	w := v.worker()
 	for i, e := range entries {
 		plain, err := w.Open(nil, bytes.Clone(v.Pack[e.Off:e.End()]), e.ID)
