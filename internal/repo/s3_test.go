@@ -158,8 +158,12 @@ func TestRequestsOnTheWire(t *testing.T) {
 	if err := Init(bg, bucketAt(t, g.Endpoint, bucket), InitOptions{Passphrase: password, KDF: cheap}); err != nil {
 		t.Fatal(err)
 	}
-	const size, part = 256 << 20, chunk.DefaultBytes
-	const gb = float64(size) / 1e9
+	const part = chunk.DefaultBytes
+	size := int64(256 << 20)
+	if testing.Short() {
+		size /= 2
+	}
+	gb := float64(size) / 1e9
 	var mu sync.Mutex
 	asked := map[string]int{}
 	var late atomic.Int64 // how long a request takes to get there
@@ -193,7 +197,7 @@ func TestRequestsOnTheWire(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i := range int64(size / part) {
+	for i := range size / part {
 		if _, err := w.Put(bg, i, noise(uint64(i)+1, part)); err != nil {
 			t.Fatal(err)
 		}
