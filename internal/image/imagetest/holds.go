@@ -48,6 +48,8 @@ var digests = map[string]string{
 	"3c86a52ad19ebbe34acffb812d276817ddca56522eb72de2b984d70ffb20582f": "09ad3b736f509c6026a1203a2a0b2038a23244fb45eb9e0007cd12eab7e64825",
 	// dissect/sesparse.vmdk
 	"3afa48010241335528fe402f083fc9f3a1013a49485221443a78d9a8604e2f90": "c8857c599a83c021eea0b3815a67c6c55223bbea976369175431ff7e006cf137",
+	// qemu-iotests/iotest-version3.vmdk
+	"0859bb3397bc1d30fa979c80a289ce98bfd6c1141a64594d6f3cc8cd68218faf": "face9b4509f241c158cc08fd07d0fbba7410436a3a84b91cd250834fb2cf858b",
 }
 
 // digest is the SHA-256 of the size of a disk and of those of its MiB that are
