@@ -80,24 +80,24 @@ func (b *bench) job(class, method string, a args) ([]cim.Ref, *cim.Instance) {
 
 func (b *bench) wait(ref cim.Ref) ([]cim.Ref, *cim.Instance) {
 	b.Helper()
-	for {
-		var job *cim.Instance
-		for _, i := range b.h.Instances(cim.Virtualization, ref.Class) {
-			if i.Ref().Equal(ref) {
-				job = i
-			}
-		}
-		var made []cim.Ref
+	created := func() (made []cim.Ref) {
 		for _, row := range b.h.Instances(cim.Virtualization, "Msvm_AffectedJobElement") {
 			if row.Get("AffectingElement").Ref.Equal(ref) && row.Get("ElementEffects").String() == "5" {
 				made = append(made, *row.Get("AffectedElement").Ref)
 			}
 		}
-		if job.Get("JobState").Uint() == 7 || job.Get("JobState").Uint() == 10 {
-			return made, job
-		}
-		if made != nil {
-			b.Fatal("a job that runs has told what it made")
+		return made
+	}
+	for {
+		before := created()
+		for _, job := range b.h.Instances(cim.Virtualization, ref.Class) {
+			switch {
+			case !job.Ref().Equal(ref):
+			case job.Get("JobState").Uint() == 7 || job.Get("JobState").Uint() == 10:
+				return created(), job
+			case before != nil:
+				b.Fatal("a job that still runs had told what it made")
+			}
 		}
 		time.Sleep(time.Millisecond)
 	}
