@@ -9,6 +9,7 @@
 //	go run ./bench -only history      # 60 days of a disk, dropped and cleaned up, against restic and borg
 //	go run ./bench -only limits       # the repository against hash, libzstd and AES alone
 //	go run ./bench -only beside       # a backup beside a vacuum
+//	go run ./bench -only smb          # reading a share against smbclient; needs root
 //
 // It needs restic, borg, qemu-img and zstd; what is missing is left out and
 // said so. Every time is wall time up to the end of a sync of the file system,
@@ -37,7 +38,7 @@ func main() {
 		return
 	}
 	var b bench
-	only := flag.String("only", "full,restore,rescan,vm,images,history,limits,beside", "comma-separated, in this order: full, restore, rescan, vm, images, history, limits, beside")
+	only := flag.String("only", "full,restore,rescan,vm,images,history,limits,beside,smb", "comma-separated, in this order: full, restore, rescan, vm, images, history, limits, beside, smb")
 	flag.StringVar(&b.dir, "dir", filepath.Join(os.TempDir(), "backstay-bench"), "work directory; 40 GiB are needed")
 	flag.IntVar(&b.runs, "runs", 5, "runs of each tool; the median counts")
 	flag.Int64Var(&b.virtual, "virtual", 8<<30, "virtual size of the disk in bytes")
@@ -96,6 +97,8 @@ func (b *bench) run(ctx context.Context, cases []string) error {
 			err = b.limits(ctx)
 		case "beside":
 			err = b.beside(ctx)
+		case "smb":
+			err = b.smb(ctx)
 		default:
 			err = fmt.Errorf("no such case")
 		}

@@ -89,7 +89,7 @@ func (a *ahead) note(f *File, off, n int64) {
 		a.pending.Go(func() {
 			defer close(b.done)
 			p := make([]byte, min(pieceBytes, size-i*pieceBytes))
-			if b.err = f.piece(context.Background(), p, i*pieceBytes); b.err == nil {
+			if b.err = f.piece(f.life, p, i*pieceBytes); b.err == nil {
 				b.p = p
 			}
 		})

@@ -71,6 +71,8 @@ type File struct {
 	path Path
 	name string
 	info Info
+	life context.Context // ends with Close
+	end  context.CancelFunc
 
 	mu      sync.Mutex
 	handles map[*lane]*handle
@@ -91,13 +93,14 @@ type handle struct {
 // Errors: fault.ErrNotFound for a missing share or file, fault.ErrDenied,
 // fault.ErrLocked for one that a program keeps for itself.
 func (c *Client) Open(ctx context.Context, p Path, name string) (*File, error) {
+	if err := p.check(); err != nil {
+		return nil, err
+	}
 	f := &File{c: c, path: p, name: name, handles: map[*lane]*handle{}}
 	if name == "" {
 		f.name = c.name(p)
 	}
-	if err := p.check(); err != nil {
-		return nil, err
-	}
+	f.life, f.end = context.WithCancel(c.life)
 	_, err := detached(ctx, func() (struct{}, error) {
 		return struct{}{}, c.again(ctx, func(n *lane, l *link) error {
 			_, err := f.on(ctx, n, l)
@@ -105,7 +108,7 @@ func (c *Client) Open(ctx context.Context, p Path, name string) (*File, error) {
 		})
 	})
 	if err != nil {
-		f.Close()
+		go f.Close() // what is under way may take its time
 		return nil, f.error("open", -1, err)
 	}
 	return f, nil
@@ -252,6 +255,7 @@ func (f *File) Close() error {
 	handles := f.handles
 	f.handles = nil
 	f.mu.Unlock()
+	f.end()
 	f.ahead.stop()
 	for _, h := range handles {
 		h.lock <- struct{}{}

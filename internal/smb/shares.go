@@ -43,7 +43,8 @@ func (p Path) check() error {
 
 // Shares says through which share each directory of a host is reached: by
 // default C:\ through the administrative share C$, which only administrators
-// may use. Where shares were given, they alone are used.
+// may use. Where shares were given, no administrative one is used. A path that
+// is the host's own \\host\share\file says it itself.
 type Shares struct {
 	names []string // of the host
 	given []givenShare
