@@ -14,6 +14,7 @@ import (
 
 	"github.com/oklog/ulid/v2"
 
+	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/repo/internal/index"
@@ -58,6 +59,9 @@ func (v *vacuum) announce(ctx context.Context) (err error) {
 // beat shows other vacuums that this one lives.
 func (v *vacuum) beat() {
 	stop := eachBeat(func(ctx context.Context, n int64) (more bool) {
+		if !v.brief {
+			ctx = blob.Freeing(ctx)
+		}
 		_ = v.r.beat(ctx, v.id, n)
 		return true
 	})
@@ -434,10 +438,7 @@ func (v *vacuum) condemn(ctx context.Context) error {
 			return err
 		}
 	}
-	var packs [][32]byte
-	for _, n := range slices.Concat(v.dead, v.rewrite) {
-		packs = append(packs, v.h.packs[n].id)
-	}
+	packs := v.goingPacks()
 	unneeded := func(name string) bool {
 		id, ok := parseHashName(name, manifestPrefix)
 		return ok && !v.needs.files[manifest.ID(id)]
@@ -453,6 +454,12 @@ func (v *vacuum) condemn(ctx context.Context) error {
 		// Nobody can begin a session until there is one that can be read.
 	}
 	err = v.r.publishEpoch(ctx, newest+1, v.id, packs)
+	if errors.Is(err, fault.ErrNoSpace) && len(v.fresh) == 0 && len(v.dead) > fewCondemned {
+		for _, n := range slices.Clone(v.dead[fewCondemned:]) {
+			v.spare(n, &v.report.Kept.TooMany)
+		}
+		err = v.r.publishEpoch(ctx, newest+1, v.id, v.goingPacks())
+	}
 	if errors.Is(err, fault.ErrExists) {
 		return fmt.Errorf("another vacuum began: %w", fault.ErrFenced)
 	}
@@ -460,6 +467,18 @@ func (v *vacuum) condemn(ctx context.Context) error {
 		v.epoch = newest + 1
 	}
 	return err
+}
+
+// fewCondemned is how many packs are condemned at a time on a disk so full that
+// there is no room for a longer list, and later for one of what is deleted.
+const fewCondemned = 2048
+
+// goingPacks are the packs that are to go.
+func (v *vacuum) goingPacks() (ids [][32]byte) {
+	for _, n := range slices.Concat(v.dead, v.rewrite) {
+		ids = append(ids, v.h.packs[n].id)
+	}
+	return ids
 }
 
 // await is step 5.

@@ -2,9 +2,11 @@ package repo
 
 import (
 	"context"
+	"errors"
 	"io"
 	"slices"
 
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
 )
@@ -78,6 +80,7 @@ func (v *vacuum) compact(ctx context.Context) error {
 	for _, r := range v.h.table.Runs() {
 		generation = max(generation, r.Generation+1)
 	}
+	var names []string // of what was stored of the run
 	w, err := index.NewRunWriter(index.RunOptions{
 		Repo: v.r.id, ID: bin, Generation: generation, Packs: packs,
 		Spool: func() index.Spool { return manifest.NewSpool() },
@@ -86,6 +89,7 @@ func (v *vacuum) compact(ctx context.Context) error {
 			if n >= 0 {
 				name = index.PartName(name, n)
 			}
+			names = append(names, name)
 			return v.r.st.Put(ctx, name, body, size)
 		},
 	})
@@ -107,6 +111,13 @@ func (v *vacuum) compact(ctx context.Context) error {
 	})
 	if err == nil {
 		err = w.Finish()
+	}
+	if errors.Is(err, fault.ErrNoSpace) {
+		// Half a run helps nobody, and others may need the room. What makes it one
+		// comes last and goes first.
+		for _, name := range slices.Backward(names) {
+			_ = v.r.remove(ctx, name)
+		}
 	}
 	if err != nil {
 		return err

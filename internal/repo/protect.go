@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/repo/internal/object"
@@ -154,7 +155,7 @@ func (r *Repository) takeAway(ctx context.Context, ref, record string, force boo
 		return err
 	}
 	mark := goingPrefix + record + "-" + id
-	if err := create(ctx, r.st, mark, b); err != nil {
+	if err := create(blob.Freeing(ctx), r.st, mark, b); err != nil {
 		return err
 	}
 	err = r.unlessProtected(ctx, ref, record, force)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
 )
 
@@ -87,7 +88,7 @@ func (r *Repository) bury(ctx context.Context, session string) (done bool, err e
 	for _, err := range r.st.List(ctx, pointPrefix+session+"-") {
 		return false, err
 	}
-	return true, r.replaceOutcome(ctx, session)
+	return true, r.replaceOutcome(blob.Freeing(ctx), session)
 }
 
 // mend makes "revoked" of the damaged outcome of a session that has no records,

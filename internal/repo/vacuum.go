@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/index"
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
@@ -70,13 +71,14 @@ func (r *Repository) Vacuum(ctx context.Context, o VacuumOptions) (VacuumReport,
 		o.Patience = patience
 	}
 	v := &vacuum{r: r, o: o, sight: newSight(r, o.Patience)}
-	err := v.announce(ctx)
+	free := blob.Freeing(ctx)
+	err := v.announce(free)
 	if err == nil {
-		err = v.run(ctx)
+		err = v.run(ctx, free)
 		if err != nil && !v.decided && !v.o.DryRun && v.fenced(ctx) {
 			err = fmt.Errorf("%w by another vacuum: %w", fault.ErrFenced, err)
 		}
-		err = errors.Join(err, v.leave(ctx, err))
+		err = errors.Join(err, v.leave(free, err))
 	}
 	if err != nil {
 		return v.report, fmt.Errorf("vacuum: %w", err)
@@ -120,8 +122,10 @@ type vacuum struct {
 	plan          []string     // to delete, in order
 }
 
-func (v *vacuum) run(ctx context.Context) (err error) {
-	if err := v.lookAround(ctx); err != nil {
+// run does the work. Under free it stores what is small and needed to free room;
+// what it copies, and the index, are not worth what a full disk keeps back.
+func (v *vacuum) run(ctx, free context.Context) (err error) {
+	if err := v.lookAround(free); err != nil {
 		return err
 	}
 	// Its own holdings: the table must not change while it is marked.
@@ -154,28 +158,30 @@ func (v *vacuum) run(ctx context.Context) (err error) {
 	} else if err != nil {
 		return err
 	}
-	if err := v.condemn(ctx); err != nil {
+	if err := v.condemn(free); err != nil {
 		return err
 	}
-	if err := v.await(ctx); err != nil {
+	if err := v.await(free); err != nil {
 		return err
 	}
 	if err := v.rescue(ctx); err != nil {
 		return err
 	}
-	if err := v.writeIndex(ctx); err != nil {
+	if err := v.writeIndex(ctx); errors.Is(err, fault.ErrNoSpace) && v.epoch > 0 {
+		v.replaced = nil // the old index stays, and names packs that are gone
+	} else if err != nil {
 		return err
 	}
 	if err := v.planRest(ctx); err != nil {
 		return err
 	}
-	if err := v.commit(ctx); err != nil {
+	if err := v.commit(free); err != nil {
 		return err
 	}
 	if err := v.r.sweepParity(ctx); err != nil {
 		return err
 	}
-	return v.cleanUp(ctx)
+	return v.cleanUp(free)
 }
 
 // commit writes down all that is to be deleted, and deletes it.

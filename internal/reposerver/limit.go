@@ -1,6 +1,7 @@
 package reposerver
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -149,6 +150,27 @@ func (u *upload) ReadAt(p []byte, off int64) (int, error) {
 		return 0, errHash
 	}
 	return n, nil
+}
+
+// maxFreeing is the longest body that may have what is kept back on a full disk,
+// in bytes: it is held in memory.
+const maxFreeing = 1 << 20
+
+// A smallUpload is an upload that can be read more than once.
+type smallUpload struct {
+	*upload
+	b []byte
+}
+
+func (u *smallUpload) ReadAt(p []byte, off int64) (int, error) {
+	if u.b == nil {
+		b := make([]byte, u.size)
+		if _, err := u.upload.ReadAt(b, 0); err != nil {
+			return 0, err
+		}
+		u.b = b
+	}
+	return bytes.NewReader(u.b).ReadAt(p, off)
 }
 
 func (u *upload) sound() bool { return [32]byte(u.hash.Sum(nil)) == u.want }

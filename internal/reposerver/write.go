@@ -5,12 +5,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"strings"
 	"time"
 
 	"github.com/zeebo/blake3"
 
+	"github.com/backstay/backstay/internal/blob"
 	"github.com/backstay/backstay/internal/blob/remote"
 	"github.com/backstay/backstay/internal/fault"
 )
@@ -82,9 +84,13 @@ func (x *exchange) put() error {
 	}
 	// The object is stored or not, also if the client goes away meanwhile.
 	ctx := context.WithoutCancel(x.r.Context())
+	var src io.ReaderAt = body
+	if x.grant.Role == Admin && size <= maxFreeing && x.r.Header.Get(remote.FreeingHeader) == "1" {
+		ctx, src = blob.Freeing(ctx), &smallUpload{upload: body}
+	}
 	status := http.StatusCreated
 	if createOnly || !mayReplace {
-		err = x.store.Create(ctx, x.to.Name, body, size)
+		err = x.store.Create(ctx, x.to.Name, src, size)
 		if errors.Is(err, fault.ErrExists) && !createOnly {
 			// Somebody was faster; perhaps with the same bytes.
 			if _, same, cmpErr := x.holds(size, sum); cmpErr != nil {
@@ -94,7 +100,7 @@ func (x *exchange) put() error {
 			}
 		}
 	} else {
-		err = x.store.Put(ctx, x.to.Name, body, size)
+		err = x.store.Put(ctx, x.to.Name, src, size)
 	}
 	stored := err == nil && status == http.StatusCreated
 	if x.s.quota.came(x.to.Repo, size, stored); stored {

@@ -39,6 +39,7 @@ type Store struct {
 	// claims are what the writers of all processes are storing; nil where the
 	// file system has no place for them.
 	claims *claims.Log
+	reserve reserve
 
 	sweepOnce  sync.Once
 	sweepErr   error
@@ -97,10 +98,13 @@ func Open(dir string) (*Store, error) {
 		}
 		return nil, err
 	}
-	return OpenFS(osFS{root}, dir), nil
+	s := OpenFS(osFS{root}, dir)
+	s.KeepReserve()
+	return s, nil
 }
 
 // OpenFS is Open for any file system; url names it in messages. Close closes f.
+// It keeps no reserve.
 func OpenFS(f FS, url string) *Store {
 	s := &Store{fs: f, url: url, dirs: newDirs(f)}
 	s.open.fs = f
@@ -136,13 +140,12 @@ func (s *Store) store(ctx context.Context, name string, body io.ReaderAt, size i
 	if size < 0 {
 		return fmt.Errorf("%s: size %d", name, size)
 	}
-	err := s.mayWrite()
-	var tmp string
-	if err == nil {
-		tmp, err = s.write(ctx, body, size)
+	err := s.tryStore(ctx, name, body, size, rename)
+	for full(err) && blob.IsFreeing(ctx) && s.release(size) {
+		err = s.tryStore(ctx, name, body, size, rename)
 	}
-	if err == nil {
-		err = s.publish(tmp, name, rename)
+	if err == nil && !blob.IsFreeing(ctx) {
+		s.keepReserve()
 	}
 	s.open.drop(name)
 	if errors.Is(err, fs.ErrExist) {
@@ -156,6 +159,17 @@ func (s *Store) store(ctx context.Context, name string, body io.ReaderAt, size i
 		return fmt.Errorf("%s: %w", name, classify(err))
 	}
 	return nil
+}
+
+func (s *Store) tryStore(ctx context.Context, name string, body io.ReaderAt, size int64, rename func(from, to string) error) error {
+	if err := s.mayWrite(); err != nil {
+		return err
+	}
+	tmp, err := s.write(ctx, body, size)
+	if err != nil {
+		return err
+	}
+	return s.publish(tmp, name, rename)
 }
 
 // write makes a temporary file that survives a power cut, and gives its name.

@@ -162,5 +162,8 @@ func (s *Store) Delete(ctx context.Context, name string) error {
 	if err != nil && !missing(err) {
 		return fmt.Errorf("%s: %w", name, classify(err))
 	}
+	if e.Bytes >= pieceBytes {
+		s.refillReserve()
+	}
 	return nil
 }

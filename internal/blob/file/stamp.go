@@ -29,7 +29,9 @@ func OpenStamped(dir string, now func() time.Time) (*Store, error) {
 		}
 		return nil, err
 	}
-	return OpenFS(stampedFS{osFS{root}, now}, dir), nil
+	s := OpenFS(stampedFS{osFS{root}, now}, dir)
+	s.KeepReserve()
+	return s, nil
 }
 
 // Written is the modification time of the object's file.

@@ -153,6 +153,9 @@ func (s *Store) put(ctx context.Context, name string, body io.ReaderAt, size int
 	if create {
 		r.Header.Set("If-None-Match", "*")
 	}
+	if blob.IsFreeing(ctx) {
+		r.Header.Set(FreeingHeader, "1")
+	}
 	if size > expectAbove {
 		r.Header.Set("Expect", "100-continue")
 	}

@@ -17,6 +17,9 @@ import (
 const (
 	// HashHeader carries the BLAKE3-256 of a body, 64 hex digits.
 	HashHeader = "Backstay-Blake3"
+	// FreeingHeader, with "1", says that the object is a small one of somebody
+	// who frees room: what the server keeps back on a full disk is for it.
+	FreeingHeader = "Backstay-Freeing"
 	// ClassHeader says which class of error an answer is.
 	ClassHeader = "Backstay-Class"
 	// ListEnd and ListMore are the last line of a page of a listing.

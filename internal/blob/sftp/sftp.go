@@ -132,7 +132,9 @@ func open(ctx context.Context, l Location, program string, create bool) (blob.St
 		}
 		return nil, fmt.Errorf("%s: %w", l, err)
 	}
-	return store{file.OpenFS(r, l.String())}, nil
+	files := file.OpenFS(r, l.String())
+	files.KeepReserve()
+	return store{files}, nil
 }
 
 // A store is no blob.Locker: there is nothing to hold a lock with.
