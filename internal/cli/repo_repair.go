@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -116,7 +117,9 @@ func (a *app) printRepair(rep repo.RepairReport, dry bool) {
 		if m.Sound > 0 {
 			parts = append(parts, plural(int64(m.Sound), "sound record")+" stored again")
 		}
-		if len(parts) == 0 && len(m.By) > 0 {
+		if slices.Contains(m.By, repo.ByName) {
+			parts = append(parts, "put back, it lay under another name")
+		} else if len(parts) == 0 && len(m.By) > 0 {
 			parts = append(parts, "healed from "+strings.Join(m.By, " and "))
 		}
 		if len(parts) > 0 {

@@ -253,6 +253,11 @@ func (c *check) blameChunk(k index.Key, n int) {
 
 // records lists the restore points.
 func (c *check) records(ctx context.Context) error {
+	defer func() {
+		for _, name := range c.r.strayNames() {
+			c.find(Finding{Object: pointPrefix + name, Offset: -1, Err: fault.Corrupt(pointPrefix+name, -1, "its session stored no restore point of this name: somebody renamed or copied it")})
+		}
+	}()
 	return c.r.eachRecord(ctx, func(name string, rec *record, err error) error {
 		c.report.Points++
 		if err != nil {

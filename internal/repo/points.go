@@ -111,6 +111,7 @@ func (r *Repository) list(ctx context.Context) ([]*record, error) {
 func (r *Repository) eachRecord(ctx context.Context, fn func(name string, rec *record, err error) error) error {
 	outcomes := map[string]outcome{}
 	seen := map[string]bool{}
+	var strays []string
 	for o, err := range r.st.List(ctx, pointPrefix) {
 		if err != nil {
 			return err
@@ -132,7 +133,11 @@ func (r *Repository) eachRecord(ctx context.Context, fn func(name string, rec *r
 				}
 				outcomes[session] = out
 			}
-			if out.State != committed || !slices.Contains(out.Points, name) {
+			if out.State == committed && !slices.Contains(out.Points, name) {
+				strays = append(strays, name)
+				continue
+			}
+			if out.State != committed {
 				continue
 			}
 			b, err := readObject(ctx, r.st, o.Name)
@@ -158,6 +163,7 @@ func (r *Repository) eachRecord(ctx context.Context, fn func(name string, rec *r
 	}
 	r.recMu.Lock()
 	defer r.recMu.Unlock()
+	r.strays = strays
 	for name := range r.records {
 		if !seen[name] {
 			delete(r.records, name)

@@ -26,12 +26,13 @@ type RepairOptions struct {
 const (
 	ByParity = "parity"
 	ByCopy   = "copy" // of the repository
+	ByName   = "name" // its bytes lay under another one
 )
 
 // Mended is one object that was damaged, and what became of it.
 type Mended struct {
 	Object string
-	By     []string // ByParity, ByCopy, or both; none if nothing heals it
+	By     []string // ByParity, ByCopy, or both, or ByName; none if nothing heals it
 	// Of a pack: records that points may need, of which so many can be read as
 	// they are, were healed, and are lost.
 	Sound, Healed, Lost int
@@ -68,6 +69,13 @@ func (r *Repository) Repair(ctx context.Context, o RepairOptions) (RepairReport,
 		return rep, err
 	}
 	m := &mender{r: r, o: o, c: c, report: &rep, gone: map[string]bool{}, tried: map[string]bool{}}
+	if n, err := m.misplaced(ctx); err != nil {
+		return rep, err
+	} else if n > 0 && !o.DryRun {
+		if m.c, err = r.look(ctx, CheckOptions{}, false); err != nil {
+			return rep, err
+		}
+	}
 	for {
 		n, err := m.objects(ctx)
 		if err != nil {

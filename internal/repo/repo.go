@@ -63,6 +63,7 @@ type Repository struct {
 
 	recMu   sync.Mutex
 	records map[string]*record // restore points read so far, by object name
+	strays  []string           // records, when they were last listed, that no session stored under their name
 
 	epochMu sync.Mutex
 	epochs  map[int64]*epoch // read lately

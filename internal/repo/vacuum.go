@@ -105,6 +105,7 @@ type vacuum struct {
 	elected   map[index.Key][]index.Place // chunks with several records: these, the oldest first
 	manifests []string                    // that were in the store before the epoch
 	recs      []*record
+	strays    []clearRecord // of records that somebody gave another name
 	needs     needs
 	walked    map[manifest.ID]bool // all of what these need is marked
 	rescued   int                  // packs
@@ -137,6 +138,9 @@ func (v *vacuum) run(ctx, free context.Context) (err error) {
 	}
 	if v.recs, err = v.r.list(ctx); err != nil {
 		return err // nobody knows what an unreadable point needs
+	}
+	if v.strays, err = v.r.strayRecords(ctx); err != nil {
+		return err
 	}
 	if err := v.sight.look(ctx, v.over); err != nil {
 		return err
@@ -178,8 +182,10 @@ func (v *vacuum) run(ctx, free context.Context) (err error) {
 	if err := v.commit(free); err != nil {
 		return err
 	}
-	if err := v.r.sweepParity(ctx); err != nil {
-		return err
+	if len(v.strays) == 0 { // otherwise it may tell whose record lies under another name
+		if err := v.r.sweepParity(ctx); err != nil {
+			return err
+		}
 	}
 	return v.cleanUp(free)
 }
@@ -270,7 +276,18 @@ func (v *vacuum) tryMark(ctx context.Context) error {
 			}
 		}
 	}
-	if err := v.needs.walk(ctx, append(recManifests(v.recs), v.sight.manifests()...)); err != nil {
+	wanted := append(recManifests(v.recs), v.sight.manifests()...)
+	for _, c := range v.strays {
+		for _, s := range c.Records {
+			if id, err := hexID(s); err == nil {
+				if err := v.marks.Mark(ctx, index.KeyOf(id)); err != nil {
+					return err
+				}
+			}
+		}
+		wanted = append(wanted, c.Manifests...)
+	}
+	if err := v.needs.walk(ctx, wanted); err != nil {
 		return err
 	}
 	v.walked = v.needs.read
@@ -322,7 +339,14 @@ func (v *vacuum) planRest(ctx context.Context) error {
 		}
 		return out.State != "" && !slices.Contains(out.Points, name), nil
 	}
-	if err := v.unneeded(ctx, pointPrefix, noPoint); err != nil {
+	// Of a session that committed, a record that it does not name was never its
+	// own: somebody renamed one, and it may be all that is left of a point.
+	revokedRecord := func(name string) (bool, error) {
+		yes, err := noPoint(name)
+		session, _, _ := strings.Cut(name, "-")
+		return yes && outcomes[session].State == revoked, err
+	}
+	if err := v.unneeded(ctx, pointPrefix, revokedRecord); err != nil {
 		return err
 	}
 	if err := v.planOutcomes(ctx, noPoint); err != nil {
@@ -391,6 +415,9 @@ func (v *vacuum) planOutcomes(ctx context.Context, noPoint func(string) (bool, e
 		records[strings.TrimPrefix(o.Name, pointPrefix)] = true
 	}
 	for id, out := range done {
+		if len(v.strays) > 0 {
+			break // a record of it may be there under another name
+		}
 		if !slices.ContainsFunc(out.Points, func(name string) bool { return records[name] }) {
 			v.plan = append(v.plan, outcomePrefix+id)
 		}

@@ -38,7 +38,7 @@ type Store struct {
 
 	// claims are what the writers of all processes are storing; nil where the
 	// file system has no place for them.
-	claims *claims.Log
+	claims  *claims.Log
 	reserve reserve
 
 	sweepOnce  sync.Once
