@@ -202,7 +202,7 @@ program it is never comes from the repository.`,
 			in, err := ring.Add(cmd.Context(), nk)
 			end(err)
 			if err != nil {
-				return fmt.Errorf("repository %s: %w", ring.Store(), err)
+				return keyHint(fmt.Errorf("repository %s: %w", ring.Store(), err))
 			}
 			if a.json {
 				return a.printJSON(in)
@@ -324,6 +324,8 @@ func keyHint(err error) error {
 		return coded{code: exitRefused, err: err, hint: `add another one first, with "backstay repo key add"`}
 	case errors.Is(err, repo.ErrUnproven):
 		return coded{code: exitRefused, err: err, hint: "open the repository with the identity that is left (--identity-file) to show that it works, or say --force"}
+	case errors.Is(err, fault.ErrExists):
+		return withHint(err, `say another --label, or put a new key in the place of that one with "backstay repo key rotate"`)
 	case errors.Is(err, fault.ErrNotFound):
 		return withHint(err, `"backstay repo key list" shows which there are`)
 	}

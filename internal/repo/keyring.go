@@ -185,13 +185,25 @@ func find(all []KeyInfo, ref string) (KeyInfo, error) {
 
 // Add makes another way into the repository. When it returns, the key is
 // stored and what it was made of has opened it; only of an age recipient
-// without its identity nobody can know (KeyInfo.Proven).
+// without its identity nobody can know (KeyInfo.Proven). A label that another key
+// has gives fault.ErrExists: nobody could name one of the two by it.
 func (k *Keyring) Add(ctx context.Context, nk NewKey) (KeyInfo, error) {
 	release, err := k.lock(ctx)
 	if err != nil {
 		return KeyInfo{}, err
 	}
 	defer release()
+	if nk.Label != "" {
+		all, err := k.List(ctx)
+		if err != nil {
+			return KeyInfo{}, err
+		}
+		for _, in := range all {
+			if in.Label == nk.Label {
+				return KeyInfo{}, fmt.Errorf("key %s (%s) is called %q: %w", in.ID, in.Kind, nk.Label, fault.ErrExists)
+			}
+		}
+	}
 	return k.store(ctx, nk)
 }
 

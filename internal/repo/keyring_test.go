@@ -438,3 +438,30 @@ func TestNoKeyShows(t *testing.T) {
 		}
 	}
 }
+
+// Nobody could name one of two keys by a label that both have; keys without one
+// are named by their ids.
+func TestALabelIsOneKeys(t *testing.T) {
+	st := mem.New()
+	mustInit(t, st)
+	ring, err := OpenKeyring(bg, st, testKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bob, err := ring.Add(bg, newPass("one", "bob"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ring.Add(bg, newPass("two", "bob")); !errors.Is(err, fault.ErrExists) || !strings.Contains(err.Error(), bob.ID) {
+		t.Errorf("%v, want it refused and %s named", err, bob.ID)
+	}
+	for range 2 {
+		if _, err := ring.Add(bg, newPass("three", "")); err != nil {
+			t.Errorf("without a label: %v", err)
+		}
+	}
+	next, err := ring.Rotate(bg, bob.ID, newPass("four", "bob"), false)
+	if err != nil || next.Label != "bob" {
+		t.Errorf("rotate keeps the label: %+v, %v", next, err)
+	}
+}
