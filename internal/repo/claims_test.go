@@ -538,7 +538,7 @@ func TestWhatClaimsSayIsNoPromise(t *testing.T) {
 // storedPack stores data as a pack of s that no index object names.
 func storedPack(t *testing.T, st *mem.Store, s *Session, data []byte) (id [32]byte) {
 	t.Helper()
-	sl := s.openSlot()
+	sl := s.openSlot(nil)
 	w := s.r.worker(s.level)
 	defer s.r.idle(s.level, w)
 	if _, _, err := s.store(bg, sl, w, w.ID(data), data); err != nil {

@@ -66,6 +66,7 @@ func (c *copier) disk(ctx context.Context, s *Session, d point.Disk, before *poi
 	if err != nil {
 		return "", atDestination(err)
 	}
+	w.slot.counts = nil // the point says what its own backup stored
 	k := &diskCopy{c: c, s: s, w: w, src: src, prev: prev}
 	// A multiple of every chunk size.
 	step := windowChunks * c.from.conf.ChunkBytes
@@ -217,7 +218,7 @@ func (k *diskCopy) verbatim(ctx context.Context, within extent.Extent, changed e
 			if err != nil {
 				return atDestination(err)
 			}
-			known, err := k.s.claim(ctx, h, id)
+			known, err := k.s.claim(ctx, h, id, nil)
 			if err != nil {
 				return atDestination(err)
 			}

@@ -113,7 +113,8 @@ func (s *Session) leaveOut(ctx context.Context, b *pack.Builder) {
 func (s *Session) spare(k index.Key) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.pending[k] && !s.again[k]
+	_, ok := s.pending[k]
+	return ok && !s.again[k]
 }
 
 // dropStored takes the records out of b that the repository has and that the
@@ -135,6 +136,11 @@ func (s *Session) dropStored(ctx context.Context, h *holdings, b *pack.Builder) 
 		return 0
 	}
 	before := b.Bytes()
+	for _, e := range b.Entries() {
+		if k := index.KeyOf(e.ID); drop[k] {
+			s.storedTwice(k, e)
+		}
+	}
 	b.Keep(func(e pack.Entry) bool { return !drop[index.KeyOf(e.ID)] })
 	s.mu.Lock()
 	defer s.mu.Unlock()

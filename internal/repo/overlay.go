@@ -96,7 +96,7 @@ func (w *DiskWriter) overlay(ctx context.Context, pw *pack.Worker, h *holdings, 
 			return put, false, nil
 		}
 	}
-	if known, err := s.claim(ctx, h, id); err != nil || known {
+	if known, err := s.claim(ctx, h, id, w.slot.counts); err != nil || known {
 		return Put{Kind: Known}, known, err
 	}
 	if err := s.append(ctx, w.slot, e, record); err != nil {

@@ -21,10 +21,12 @@ type slot struct {
 	s  *Session
 	mu sync.Mutex
 	b  *pack.Builder
+
+	counts *twice // of the stream whose slot this is; nil where nobody counts
 }
 
 // openSlot gives a slot to a new stream, with the tail of one that ended.
-func (s *Session) openSlot() *slot {
+func (s *Session) openSlot(counts *twice) *slot {
 	s.mu.Lock()
 	sl := s.tail
 	s.tail = nil
@@ -35,6 +37,7 @@ func (s *Session) openSlot() *slot {
 		}
 	}
 	s.mu.Unlock()
+	sl.counts = counts
 	s.r.slotMu.Lock()
 	s.r.slots[sl] = struct{}{}
 	s.r.slotMu.Unlock()
@@ -107,7 +110,7 @@ func (s *Session) store(ctx context.Context, sl *slot, w *pack.Worker, id chunk.
 	if err != nil {
 		return false, 0, err
 	}
-	if known, err := s.claim(ctx, h, id); known || err != nil {
+	if known, err := s.claim(ctx, h, id, sl.counts); known || err != nil {
 		return false, 0, err
 	}
 	e, rec, err := w.Seal(id, plain, s.level > 0)

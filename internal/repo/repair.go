@@ -211,7 +211,7 @@ func (m *mender) pack(ctx context.Context, s *Session, p heldPack, want map[uint
 	}
 	var sl *slot
 	if s != nil {
-		sl = s.openSlot()
+		sl = s.openSlot(nil)
 		defer s.closeSlot(sl)
 	}
 	by := map[string]bool{}

@@ -64,16 +64,16 @@ type Session struct {
 	seen     *presence // by vacuums
 
 	mu       sync.Mutex
-	quiet    sync.Cond          // signalled when flying falls
-	flying   int                // packs full and not yet durable
-	err      error              // what broke the session
-	pending  map[index.Key]bool // chunks that are in packs not yet durable
-	again    map[index.Key]bool // those of them that are stored though they lie elsewhere
-	slots    map[*slot]struct{} // packs that take records
-	tail     *slot              // what is left of streams that ended
-	stored   []index.Pack       // durable packs that no index names yet
-	indexes  int                // index objects written
-	indexed  time.Time          // when the last one was, or the session began
+	quiet    sync.Cond            // signalled when flying falls
+	flying   int                  // packs full and not yet durable
+	err      error                // what broke the session
+	pending  map[index.Key]*twice // chunks that are in packs not yet durable, with who counted them as new
+	again    map[index.Key]bool   // those of them that are stored though they lie elsewhere
+	slots    map[*slot]struct{}   // packs that take records
+	tail     *slot                // what is left of streams that ended
+	stored   []index.Pack         // durable packs that no index names yet
+	indexes  int                  // index objects written
+	indexed  time.Time            // when the last one was, or the session began
 	finished map[point.ManifestID]*manifest.Spool
 	reused   map[point.ManifestID]bool // manifests of existing points that still hold
 	writers  []*DiskWriter
@@ -99,7 +99,7 @@ func (r *Repository) begin(ctx context.Context, o SessionOptions) (*Session, err
 	}
 	s := &Session{
 		r: r, level: level, overlays: !o.NoOverlays,
-		pending: map[index.Key]bool{}, again: map[index.Key]bool{}, slots: map[*slot]struct{}{}, indexed: time.Now(),
+		pending: map[index.Key]*twice{}, again: map[index.Key]bool{}, slots: map[*slot]struct{}{}, indexed: time.Now(),
 		finished: map[point.ManifestID]*manifest.Spool{}, reused: map[point.ManifestID]bool{},
 	}
 	s.quiet.L = &s.mu
@@ -154,7 +154,7 @@ func (s *Session) PutBlob(ctx context.Context, data []byte) (point.Blob, error) 
 	if err := s.broken(); err != nil {
 		return b, err
 	}
-	sl := s.openSlot()
+	sl := s.openSlot(nil)
 	defer s.closeSlot(sl)
 	for len(data) > 0 {
 		part := data[:min(int64(len(data)), s.r.conf.ChunkBytes)]
@@ -193,6 +193,7 @@ func (s *Session) Commit(ctx context.Context, points ...*point.RestorePoint) err
 	if err := s.writeManifests(ctx, points); err != nil {
 		return s.fail(err)
 	}
+	s.countTwice(points)
 	s.promise(points)
 	names, err := s.writeRecords(ctx, points)
 	if err != nil {
@@ -376,7 +377,7 @@ func (s *Session) knows(ctx context.Context, h *holdings, id chunk.ID) (bool, er
 // pendingOrFresh is asked with s.mu held. The order matters: a chunk enters the
 // table before it leaves pending.
 func (s *Session) pendingOrFresh(h *holdings, id chunk.ID) bool {
-	if s.pending[index.KeyOf(id)] {
+	if _, ok := s.pending[index.KeyOf(id)]; ok {
 		return true
 	}
 	in, known := h.storesFresh(id)
@@ -384,8 +385,8 @@ func (s *Session) pendingOrFresh(h *holdings, id chunk.ID) bool {
 }
 
 // claim says whether chunk id need not be stored; if not, it is from now on
-// this caller's to store.
-func (s *Session) claim(ctx context.Context, h *holdings, id chunk.ID) (known bool, err error) {
+// this caller's to store, and what comes of it is t's to know, which may be nil.
+func (s *Session) claim(ctx context.Context, h *holdings, id chunk.ID, t *twice) (known bool, err error) {
 	// What is read from the store is asked for without holding anybody up.
 	in, known, err := s.r.stores(ctx, h, id)
 	if err != nil || known && s.seen.rely(in) {
@@ -396,7 +397,7 @@ func (s *Session) claim(ctx context.Context, h *holdings, id chunk.ID) (known bo
 	if s.pendingOrFresh(h, id) {
 		return true, nil
 	}
-	s.pending[index.KeyOf(id)] = true
+	s.pending[index.KeyOf(id)] = t
 	return false, nil
 }
 
@@ -406,9 +407,9 @@ func (s *Session) claimAgain(id chunk.ID) bool {
 	k := index.KeyOf(id)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.pending[k] {
+	if _, ok := s.pending[k]; ok {
 		return false
 	}
-	s.pending[k], s.again[k] = true, true
+	s.pending[k], s.again[k] = nil, true
 	return true
 }

@@ -24,6 +24,9 @@ type DiskWriter struct {
 	slot  *slot
 	once  sync.Once // closes slot
 	bases bases     // for overlays
+
+	twice twice
+	made  point.ManifestID // when it is finished
 }
 
 // PutKind says what became of a chunk.
@@ -70,7 +73,7 @@ func (s *Session) Disk(ctx context.Context, sizeBytes int64, previous point.Mani
 		}
 		w.prev = d
 	}
-	w.slot = s.openSlot()
+	w.slot = s.openSlot(&w.twice)
 	s.mu.Lock()
 	s.writers = append(s.writers, w)
 	s.mu.Unlock()
@@ -188,6 +191,9 @@ func (w *DiskWriter) Finish(ctx context.Context) (point.ManifestID, error) {
 	if err != nil {
 		return "", w.s.fail(err)
 	}
+	w.s.mu.Lock()
+	defer w.s.mu.Unlock()
+	w.made = id
 	return id, nil
 }
 
