@@ -173,7 +173,6 @@ func garbageRepo(t *testing.T) (*mem.Store, *history, *point.RestorePoint) {
 // On a full disk vacuum can copy nothing, and frees what it can without.
 func TestVacuumOfAFullStore(t *testing.T) {
 	st, h, _ := garbageRepo(t)
-	mustWaste(t, st)
 	full := blobtest.Faulty(st, func(c blobtest.Call) error {
 		if c.Op == blobtest.OpPut && strings.HasPrefix(c.Name, packPrefix) {
 			return fault.ErrNoSpace

@@ -47,7 +47,6 @@ func (s fullStore) Create(ctx context.Context, name string, body io.ReaderAt, si
 // the same, and a backup gets none of what is kept back for that.
 func TestFreeingOnAFullStore(t *testing.T) {
 	st, h, p := garbageRepo(t)
-	mustWaste(t, st)
 	r := mustOpen(t, fullStore{st, t})
 	if _, err := r.Begin(bg, SessionOptions{}); !errors.Is(err, fault.ErrNoSpace) {
 		t.Errorf("a backup began: %v", err)
@@ -68,14 +67,4 @@ func TestFreeingOnAFullStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustBeWhole(t, st, h, h.points...)
-}
-
-// mustWaste leaves a pack in st in which nothing lives.
-func mustWaste(t *testing.T, st blob.Store) {
-	t.Helper()
-	r := mustOpen(t, st)
-	p := mustBackup(t, r, "waste01", noise(999, 5*testChunk), nil, nil)
-	if err := r.DeletePoint(bg, p.VM, p.ID); err != nil {
-		t.Fatal(err)
-	}
 }

@@ -166,6 +166,22 @@ func (w *pairWorld) hold(st blob.Store, p *point.RestorePoint) error {
 	})
 }
 
+// protect protects a point, wants it there then, and lets it go again.
+func (w *pairWorld) protect(r *Repository, p *point.RestorePoint) error {
+	if err := r.Protect(bg, p.VM, p.ID, ProtectOptions{Why: "a pair"}); err != nil {
+		return err
+	}
+	got, err := r.Point(bg, p.VM, p.ID)
+	if err != nil {
+		return fmt.Errorf("it was protected and is gone: %v", err) // in no class
+	}
+	if !got.Protected {
+		return errors.New("it was protected and is not")
+	}
+	_, err = r.Unprotect(bg, p.VM, p.ID)
+	return err
+}
+
 var pairOps = []pairOp{
 	{"backup", func(w *pairWorld, st blob.Store) error {
 		_, b := disks()
@@ -185,7 +201,13 @@ var pairOps = []pairOp{
 	{"restore of a point that goes", func(w *pairWorld, st blob.Store) error { return w.hold(st, w.victim) }, []error{fault.ErrNotFound}},
 	{"point delete", func(w *pairWorld, st blob.Store) error {
 		return w.open(st, func(r *Repository) error { return r.DeletePoint(bg, w.victim.VM, w.victim.ID) })
-	}, []error{fault.ErrNotFound}},
+	}, []error{fault.ErrNotFound, fault.ErrLocked}}, // protected
+	{"protect", func(w *pairWorld, st blob.Store) error {
+		return w.open(st, func(r *Repository) error { return w.protect(r, w.prev) })
+	}, nil},
+	{"protect a point that goes", func(w *pairWorld, st blob.Store) error {
+		return w.open(st, func(r *Repository) error { return w.protect(r, w.victim) })
+	}, []error{fault.ErrNotFound, fault.ErrLocked}}, // deleted, or going
 	{"vacuum", func(w *pairWorld, st blob.Store) error {
 		r, err := OpenKeyless(bg, st)
 		if err != nil {
