@@ -46,7 +46,9 @@ type Server struct {
 
 // Start starts a server; Stop ends it and removes what was made for it.
 func Start(ctx context.Context, o Options) (*Server, error) {
-	os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin")
+	if path := os.Getenv("PATH"); !strings.HasSuffix(path, ":/usr/sbin:/sbin") {
+		os.Setenv("PATH", path+":/usr/sbin:/sbin") // where Debian has smbd
+	}
 	for _, program := range []string{"smbd", "smbpasswd"} {
 		if _, err := exec.LookPath(program); err != nil {
 			return nil, fmt.Errorf("%s: %w", program, ErrMissing)
