@@ -18,6 +18,7 @@ type readiness struct {
 
 // States of an integration service: the first says whether it works at all.
 const (
+	serviceEnabled  = 2 // EnabledState
 	serviceOK       = 2
 	serviceDegraded = 3
 )
@@ -45,7 +46,9 @@ func (c *client) guest(ctx context.Context, s system) readiness {
 	status, _ := list[0].numbers("OperationalStatus")
 	said := strings.Join(list[0].list("StatusDescriptions"), ", ")
 	r := readiness{best: vm.GradeFilesystem}
-	switch {
+	switch enabled, ok := list[0].number("EnabledState"); {
+	case ok && enabled != serviceEnabled:
+		return crash("its integration service for backups (volume shadow copy) is switched off")
 	case len(status) > 0 && status[0] == serviceOK:
 	case len(status) > 0 && status[0] == serviceDegraded:
 		r.outdated = "the guest's integration service for backups is degraded: " + said

@@ -70,7 +70,7 @@ func (c *client) do(ctx context.Context, f family, on wsman.Ref, method string, 
 // nobody knows how.
 func (c *client) wait(ctx context.Context, method string, job wsman.Ref) error {
 	unreachable := time.Time{}
-	for {
+	for pause := c.poll / 16; ; pause = min(2*pause, c.poll) { // most jobs are short
 		in, err := c.Get(ctx, job)
 		switch {
 		case ctx.Err() != nil:
@@ -92,7 +92,7 @@ func (c *client) wait(ctx context.Context, method string, job wsman.Ref) error {
 				return err
 			}
 		}
-		if err := sleep(ctx, c.poll); err != nil {
+		if err := sleep(ctx, pause); err != nil {
 			return fmt.Errorf("%s: %w", method, err)
 		}
 	}

@@ -57,7 +57,7 @@ func (d *Driver) waitMerge(ctx context.Context, s system, now wsman.Ref, deltas 
 		return nil
 	}
 	until, said := time.Now().Add(most), time.Now()
-	for wait := d.poll; ; wait = min(2*wait, d.watchTime) {
+	for wait := d.poll / 16; ; wait = min(2*wait, d.watchTime) {
 		drives, _, err := d.drives(ctx, now)
 		if errors.Is(err, fault.ErrNotFound) {
 			return nil // the VM is gone
