@@ -45,6 +45,9 @@ func TestScripts(t *testing.T) {
 			if cond == "root" {
 				return os.Geteuid() == 0, nil
 			}
+			if cond == "samba" {
+				return hasSamba(), nil
+			}
 			if cond == "versitygw" {
 				_, inPath := exec.LookPath("versitygw")
 				_, installed := os.Stat(filepath.Join(build.Default.GOPATH, "bin", "versitygw"))
@@ -60,7 +63,7 @@ func TestScripts(t *testing.T) {
 			}
 			return false, errors.New("unknown condition " + cond)
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+		Cmds: with(hypervCmds(), map[string]func(*testscript.TestScript, bool, []string){
 			// exits CODE PROGRAM ARG…: runs it and wants exactly that exit code.
 			"exits": func(ts *testscript.TestScript, neg bool, args []string) {
 				want, err := strconv.Atoi(args[0])
@@ -250,7 +253,7 @@ func TestScripts(t *testing.T) {
 				ts.Check(f.Truncate(n))
 				ts.Check(f.Close())
 			},
-		},
+		}),
 	})
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -69,12 +70,27 @@ func find(ctx context.Context, job Job) (vm.Machine, error) {
 	if err != nil {
 		return vm.Machine{}, err
 	}
+	var named []vm.Machine
 	for _, m := range machines {
+		if m.UUID != "" && strings.EqualFold(m.UUID, job.Name) {
+			named = []vm.Machine{m}
+			break
+		}
 		if m.Name == job.Name {
-			return m, nil
+			named = append(named, m)
 		}
 	}
-	return vm.Machine{}, errNoSuchVM(job.Name)
+	if len(named) == 0 {
+		return vm.Machine{}, errNoSuchVM(job.Name)
+	}
+	m := named[0]
+	// Two VMs of one name would share a history. Which of them is meant is for
+	// the driver to ask.
+	twins := slices.ContainsFunc(machines, func(o vm.Machine) bool { return o.Name == m.Name && o.UUID != m.UUID })
+	if twins && len(named) == 1 && job.VM == "" {
+		return vm.Machine{}, fmt.Errorf("VM %s: another one on that host is called %q, too: say with --vm what to call this one: %w", job.Name, m.Name, fault.ErrExists)
+	}
+	return m, nil
 }
 
 // uniqueName is the machine's own name, or NAME@HOST where the repository

@@ -11,6 +11,7 @@ import (
 
 	"github.com/backstay/backstay/internal/backup"
 	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/hypervisor/hyperv"
 	"github.com/backstay/backstay/internal/hypervisor/kvm"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/point"
@@ -32,15 +33,18 @@ type backupOptions struct {
 	parents     imageInput // as --parents says; nothing else of it
 	scratchDir  string
 	freezeHook  bool
+	savedState  bool
+	mergeWait   time.Duration
+	host        credentials
 }
 
 func (a *app) backupCmd() *cobra.Command {
-	var o backupOptions
+	o := backupOptions{host: hostCredentials()}
 	cmd := &cobra.Command{
 		Use:   "backup SOURCE…",
 		Short: "back up VMs and disk images",
-		Long: `Back up VMs and disk images. A SOURCE is kvm:///system/NAME, or an image file of
-any format. With --vm all image files are disks of that VM; without it each is
+		Long: `Back up VMs and disk images. A SOURCE is kvm:///system/NAME,
+hyperv://USER@HOST/NAME, or an image file of any format. With --vm all image files are disks of that VM; without it each is
 a VM of its own, called by its file name.
 
 A first backup reads everything. Later ones read what changed block tracking
@@ -53,10 +57,22 @@ A guest is frozen for a moment through its agent, if it has one:
   require-application  writers of the guest's applications ran, or it fails
   prefer-application   the best that can be had, with a warning where it is less
   filesystem           the file systems were frozen, or it fails
-  crash                no freeze: as after a power cut`,
+  crash                no freeze: as after a power cut
+
+Hyper-V hosts need no program of ours: WinRM takes the checkpoint, and the disks
+are read over SMB, by C$ and its like, which only administrators may use, or by
+the shares that the source names. After ? a source may say
+  fingerprint=sha256:HEX   the host's certificate, where no authority vouches for it
+  ca=FILE                  the authority to believe
+  auth=basic               instead of NTLM
+  smb=HOST:PORT            where the files are reached, if not at HOST
+  share=C:\FOLDER=SHARE    what is below FOLDER is in the share SHARE
+hyperv+http:// is WinRM over HTTP, with every message sealed. DOMAIN\USER is
+written DOMAIN%5CUSER; a name that two VMs have gives way to their GUIDs.`,
 		Example: `  backstay backup kvm:///system/web01 --repo /srv/backup
   backstay backup kvm:///system/web01 kvm:///system/db01 --consistency filesystem
-  backstay backup disk.vhdx other.vmdk --vm old-server --repo /srv/backup`,
+  backstay backup disk.vhdx other.vmdk --vm old-server --repo /srv/backup
+  backstay backup 'hyperv://backup@hv01/web01?fingerprint=sha256:5F…' --host-password-file hv01.password`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return a.backup(cmd.Context(), o, args) },
 	}
@@ -74,6 +90,9 @@ A guest is frozen for a moment through its agent, if it has one:
 	f.Lookup("parents").NoOptDefVal = "true"
 	f.StringVar(&o.scratchDir, "scratch-dir", "", "directory on the host for what guests overwrite meanwhile (default /var/lib/libvirt/backstay)")
 	f.BoolVar(&o.freezeHook, "freeze-hook-configured", false, "the guests' agents run a freeze hook, also where the agent does not let that be seen")
+	f.BoolVar(&o.savedState, "allow-saved-state", false, "where a Hyper-V host can make no other checkpoint, one that saves the guest's memory will do")
+	f.DurationVar(&o.mergeWait, "merge-wait", time.Hour, "watch a Hyper-V host merge what the guest wrote meanwhile for this long")
+	addHostFlags(f, &o.host)
 	f.Float64Var(&o.audit, "audit", backup.DefaultAudit*100, "percent of the chunks called unchanged that are re-read and compared; 0 for none")
 	completeWords(cmd, "consistency", []string{string(vm.RequireApplication), string(vm.PreferApplication), string(vm.Filesystem), string(vm.Crash)})
 	completeWords(cmd, "format", readableWords())
@@ -92,6 +111,8 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 		return usage("--audit %g: want a percentage", o.audit)
 	case o.parallel < 1:
 		return usage("--parallel %d: want at least 1", o.parallel)
+	case o.mergeWait <= 0:
+		return usage("--merge-wait %s: want a time, for example 1h", o.mergeWait)
 	case o.freezeLimit <= 0:
 		return usage("--freeze-limit %s: want a time, for example 2s", o.freezeLimit)
 	}
@@ -159,7 +180,10 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 	for _, s := range vms {
 		d := drivers[s.host.String()]
 		if d == nil {
-			if d, err = a.openKVM(ctx, s, kvm.Options{ScratchDir: o.scratchDir, FreezeHook: o.freezeHook}); err != nil {
+			d, err = a.openDriver(ctx, s, driverOptions{host: o.host,
+				kvm:    kvm.Options{ScratchDir: o.scratchDir, FreezeHook: o.freezeHook},
+				hyperv: hyperv.Options{AllowSavedState: o.savedState, MergeWait: o.mergeWait}})
+			if err != nil {
 				// The other VMs may live on other hosts.
 				failed = append(failed, backup.Result{VM: s.vm, Job: backup.Job{Name: s.vm, Source: s.text}, Err: fmt.Errorf("back up %s: %w", s.vm, err)})
 				continue

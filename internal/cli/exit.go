@@ -113,6 +113,8 @@ func hints(err error, cmd *cobra.Command) []string {
 		out = append(out, `run "backstay repo vacuum", which settles what that object was about`)
 	case errors.Is(err, backup.ErrSource) && errors.Is(err, fault.ErrCorrupt):
 		out = append(out, `the image that was being backed up is damaged, and not the repository; look at it with "backstay image info" or "qemu-img check"`)
+	case hypervHint(err) != "":
+		out = append(out, hypervHint(err))
 	case errors.Is(err, images.ErrChanged):
 		out = append(out, "shut its VM down first, or back that up through its hypervisor as kvm:///system/NAME; no restore point was made")
 	case errors.Is(err, backup.ErrNoSuchVM):

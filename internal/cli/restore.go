@@ -127,6 +127,8 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 		return err
 	}
 	switch {
+	case dst.kind() == "hyperv":
+		return fmt.Errorf("--to %s: a VM on a Hyper-V host: %w; restore its disks as files with --format vhdx", o.to, fault.ErrUnsupported)
 	case dst.scheme != "" && dst.vm == "":
 		return usage("--to %s names no VM: want kvm:///system/NEWNAME", o.to)
 	case dst.scheme != "" && (o.disk != "" || o.inPlace || o.force):

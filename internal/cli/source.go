@@ -10,6 +10,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/hypervisor/hyperv"
 	"github.com/backstay/backstay/internal/hypervisor/kvm"
 )
 
@@ -36,15 +37,46 @@ func parseSource(s string) (source, error) {
 			return source{}, usageError{err}
 		}
 		return source{text: s, scheme: scheme, host: host, vm: name}, nil
-	case "hyperv", "vsphere":
+	case "hyperv":
+		host, name, err := hyperv.ParseSource(s)
+		if err != nil {
+			return source{}, usageError{err}
+		}
+		return source{text: s, scheme: scheme, host: host, vm: name}, nil
+	case "vsphere":
 		return source{}, fmt.Errorf("source %s: %s hosts: %w", s, scheme, fault.ErrUnsupported)
 	}
-	return source{}, usage("source %q: unknown scheme %q: want an image file or kvm:///system/NAME", s, scheme)
+	return source{}, usage("source %q: unknown scheme %q: want an image file, kvm:///system/NAME or hyperv://USER@HOST/NAME", s, scheme)
+}
+
+// A kind is which hypervisor a source is of: "kvm", "hyperv".
+func (s source) kind() string {
+	kind, _, _ := strings.Cut(s.scheme, "+")
+	return kind
 }
 
 // openDriver connects to the host that s names.
-func (a *app) openDriver(ctx context.Context, s source) (hypervisor.Driver, error) {
-	return a.openKVM(ctx, s, kvm.Options{})
+func (a *app) openDriver(ctx context.Context, s source, o driverOptions) (hypervisor.Driver, error) {
+	// A driver that is none must be a nil interface.
+	if s.kind() == "hyperv" {
+		d, err := a.openHyperV(ctx, s, o)
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	}
+	d, err := a.openKVM(ctx, s, o.kvm)
+	if err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// driverOptions are what the flags of a command say to any driver.
+type driverOptions struct {
+	kvm    kvm.Options
+	hyperv hyperv.Options
+	host   credentials // of the host: only its password
 }
 
 func (a *app) openKVM(ctx context.Context, s source, o kvm.Options) (*kvm.Driver, error) {

@@ -18,6 +18,7 @@ func TestParseSource(t *testing.T) {
 		{"kvm:///system/", "kvm", "kvm:///system", ""},
 		{"kvm:///system/web01", "kvm", "kvm:///system", "web01"},
 		{"kvm:///system/a%2Fb", "kvm", "kvm:///system", "a/b"},
+		{"hyperv://backup@hv01/web01?smb=store", "hyperv", "hyperv://backup@hv01?smb=store", "web01"},
 		{"kvm:///system/web01?socket=/run/x", "kvm", "kvm:///system?socket=/run/x", "web01"},
 	} {
 		s, err := parseSource(c.in)
@@ -34,13 +35,13 @@ func TestParseSource(t *testing.T) {
 		}
 	}
 	var u usageError
-	for _, in := range []string{"kvm://", "kvm:///web01", "kvm:///system/a/b", "http://x/y", "kvm:///system/%zz", "kvm://user:pw@h/system/x"} {
+	for _, in := range []string{"kvm://", "kvm:///web01", "kvm:///system/a/b", "http://x/y", "kvm:///system/%zz", "kvm://user:pw@h/system/x", "hyperv://u:pw@h/x", "hyperv://h/x"} {
 		if _, err := parseSource(in); !errors.As(err, &u) {
 			t.Errorf("%s: %v, want a usage error", in, err)
 		}
 	}
-	if _, err := parseSource("hyperv://host/vm"); !errors.Is(err, fault.ErrUnsupported) {
-		t.Errorf("hyperv: %v", err)
+	if _, err := parseSource("vsphere://host/vm"); !errors.Is(err, fault.ErrUnsupported) {
+		t.Errorf("vsphere: %v", err)
 	}
 }
 

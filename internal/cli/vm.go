@@ -18,11 +18,13 @@ func (a *app) vmCmd() *cobra.Command {
 }
 
 func (a *app) vmListCmd() *cobra.Command {
-	return &cobra.Command{
-		Use:     "list URL",
-		Short:   "list the VMs of a host with their disks",
-		Example: `  backstay vm list kvm:///system`,
-		Args:    cobra.ExactArgs(1),
+	o := driverOptions{host: hostCredentials()}
+	cmd := &cobra.Command{
+		Use:   "list URL",
+		Short: "list the VMs of a host with their disks",
+		Example: `  backstay vm list kvm:///system
+  backstay vm list hyperv://backup@hv01 --host-password-file hv01.password`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
 			s, err := parseSource(args[0])
@@ -35,7 +37,7 @@ func (a *app) vmListCmd() *cobra.Command {
 			if s.vm != "" {
 				return usage("%q names a VM: want the host alone, for example kvm:///system", args[0])
 			}
-			d, err := a.openDriver(ctx, s)
+			d, err := a.openDriver(ctx, s, o)
 			if err != nil {
 				return err
 			}
@@ -47,6 +49,8 @@ func (a *app) vmListCmd() *cobra.Command {
 			return a.printMachines(machines)
 		},
 	}
+	addHostFlags(cmd.Flags(), &o.host)
+	return cmd
 }
 
 func (a *app) printMachines(machines []vm.Machine) error {
@@ -82,7 +86,8 @@ func (a *app) printMachines(machines []vm.Machine) error {
 }
 
 func (a *app) vmResetCmd() *cobra.Command {
-	return &cobra.Command{
+	o := driverOptions{host: hostCredentials()}
+	cmd := &cobra.Command{
 		Use:   "reset-tracking SOURCE",
 		Short: "drop a VM's change tracking, so that the next backup reads everything",
 		Long: `Drop what this repository's backups left on the host to track changes of a VM.
@@ -103,7 +108,7 @@ are; the next backup reads the whole VM and stores only what is new.`,
 			if err != nil {
 				return err
 			}
-			d, err := a.openDriver(ctx, s)
+			d, err := a.openDriver(ctx, s, o)
 			if err != nil {
 				return err
 			}
@@ -122,6 +127,8 @@ are; the next backup reads the whole VM and stores only what is new.`,
 			return nil
 		},
 	}
+	addHostFlags(cmd.Flags(), &o.host)
+	return cmd
 }
 
 // repoID is the repository's id, which names on hosts carry.

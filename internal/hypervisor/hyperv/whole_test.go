@@ -17,6 +17,7 @@ import (
 	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/hypervisor/drivertest"
 	"github.com/backstay/backstay/internal/hypervisor/hyperv"
+	"github.com/backstay/backstay/internal/image/imagetest"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/secret"
 	"github.com/backstay/backstay/internal/smb/smbtest"
@@ -82,7 +83,7 @@ func newLab(t *testing.T, dir string, samba *smbtest.Server, o sim.Options, disk
 
 func (l *lab) open(t *testing.T) *hyperv.Driver {
 	t.Helper()
-	d, err := hyperv.Open(t.Context(), hyperv.Options{Host: l.url, Password: secret.New([]byte(smbtest.Password)), StateDir: t.TempDir()})
+	d, err := hyperv.Open(t.Context(), hyperv.Options{Host: l.url, Password: secret.New([]byte(smbtest.Password)), StateDir: imagetest.MemoryDir(t)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -106,7 +107,7 @@ func TestConformanceOfTheWholePath(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds")
 	}
-	dir := t.TempDir()
+	dir := imagetest.MemoryDir(t)
 	samba := smbtest.Run(t, smbtest.Options{Dir: filepath.Join(dir, "C")})
 	drivertest.Run(t, func(t *testing.T) drivertest.Subject {
 		l := newLab(t, dir, samba, sim.Options{}, 4<<20)
@@ -123,7 +124,7 @@ func TestTroubleOfTheWholePath(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds")
 	}
-	dir := t.TempDir()
+	dir := imagetest.MemoryDir(t)
 	samba := smbtest.Run(t, smbtest.Options{Dir: filepath.Join(dir, "C")})
 	l := newLab(t, dir, samba, sim.Options{HTTP: true}, 4<<20)
 	d := l.open(t)
