@@ -1,8 +1,11 @@
 package backup
 
 import (
+	"context"
+	"errors"
 	"testing"
 
+	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
 )
@@ -38,4 +41,37 @@ func TestUniqueName(t *testing.T) {
 			t.Errorf("%s: %s, want %s", c.name, got, c.want)
 		}
 	}
+}
+
+// A VM is found by its name or its UUID, and two of one name never come to
+// share a history.
+func TestFindByNameOrUUID(t *testing.T) {
+	driver := listing{{Name: "web01", UUID: "1a"}, {Name: "web01", UUID: "2b"}, {Name: "db01", UUID: "3c"}}
+	for _, c := range []struct {
+		job  Job
+		uuid string // "" for an error
+	}{
+		{Job{Name: "db01"}, "3c"},
+		{Job{Name: "3C"}, "3c"},
+		{Job{Name: "2b"}, ""},
+		{Job{Name: "2b", VM: "second"}, "2b"},
+		{Job{Name: "1a", VM: "first"}, "1a"},
+		{Job{Name: "nobody"}, ""},
+		{Job{Name: ""}, ""},
+	} {
+		c.job.Driver = driver
+		m, err := find(t.Context(), c.job)
+		if m.UUID != c.uuid || (err == nil) != (c.uuid != "") {
+			t.Errorf("%q as %q: %+v, %v", c.job.Name, c.job.VM, m, err)
+		}
+	}
+}
+
+// A listing is a host that can do no more than list its VMs.
+type listing []vm.Machine
+
+func (l listing) Machines(context.Context) ([]vm.Machine, error) { return l, nil }
+func (listing) Close() error                                     { return nil }
+func (listing) Begin(context.Context, string, hypervisor.Options) (hypervisor.Session, error) {
+	return nil, errors.New("only a list")
 }
