@@ -238,8 +238,8 @@ check says how much of it was read in the last 30 days.
 Damage is listed with the restore points, disks and byte ranges that it hits,
 and makes the exit code 3. What --scrub and --read-data find damaged in packs is
 noted in the repository: "backstay repo repair" heals what it can, and the next
-backup that meets it stores it again, which heals older points too. Nothing else
-is changed.`,
+backup that meets it stores it again, which heals older points too. Packs that
+they read get the parity that they lack. Nothing else is changed.`,
 		Example: `  backstay repo check --repo /srv/backup
   backstay repo check --scrub --repo /srv/backup
   backstay repo check --scrub --budget 100G --repo /srv/backup
@@ -456,6 +456,9 @@ func (a *app) printCheck(rep repo.CheckReport) {
 	if len(rep.Unneeded) > 0 {
 		fmt.Fprintln(a.stdout, `"backstay repo vacuum" removes it`)
 	}
+	if rep.Parity.Made > 0 {
+		fmt.Fprintf(a.stdout, "parity for %s made that lacked it\n", plural(rep.Parity.Made, "pack"))
+	}
 	if rep.Parity.Lacking > 0 {
 		fmt.Fprintf(a.stdout, "%s without parity; \"backstay repo repair\" makes it\n", plural(rep.Parity.Lacking, "object"))
 	}
@@ -521,7 +524,7 @@ func hitText(h repo.Hit) string {
 func checkJSON(rep repo.CheckReport) map[string]any {
 	return map[string]any{"sound": len(rep.Findings) == 0, "points": rep.Points, "manifests": rep.Manifests, "packs": rep.Packs,
 		"chunks": rep.Chunks, "read_bytes": rep.Bytes, "findings": findingsJSON(rep.Findings), "unneeded": findingsJSON(rep.Unneeded), "noted": rep.Unnoted == nil,
-		"parity": rep.Parity.Kept, "without_parity": rep.Parity.Lacking, "verified": verifiedJSON(rep.Verified)}
+		"parity": rep.Parity.Kept, "without_parity": rep.Parity.Lacking, "parity_made": rep.Parity.Made, "verified": verifiedJSON(rep.Verified)}
 }
 
 func verifiedJSON(v repo.Verified) map[string]any {

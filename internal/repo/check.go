@@ -33,6 +33,8 @@ type CheckOptions struct {
 	For      time.Duration    // after this no more is begun
 	Now      func() time.Time // time.Now if nil
 	Progress func(doneBytes, totalBytes int64)
+
+	guard bool // make the parity of packs that lack it and are read
 }
 
 // A Hit is a part of a restore point that a finding damages. Without keys
@@ -78,8 +80,11 @@ const checkWorkers = 3
 // Check says whether the repository is sound. Findings are not an error.
 //
 // Damage that Scrub or ReadData finds in packs is put into quarantine: the next
-// backup stores what it meets of it again. Nothing else is changed.
+// backup stores what it meets of it again. Sound packs that they read get the
+// parity that they lack, such as those of a backup that died. Nothing else is
+// changed.
 func (r *Repository) Check(ctx context.Context, o CheckOptions) (CheckReport, error) {
+	o.guard = true
 	c, err := r.look(ctx, o, true)
 	if c == nil {
 		return CheckReport{}, err
@@ -187,6 +192,7 @@ type check struct {
 
 	files     map[manifest.ID]bool // manifests that points need
 	unguarded []string             // objects that have no parity
+	lacking   map[[32]byte]bool    // packs among them
 
 	used    []bool            // packs that hold what a point needs
 	frames  map[int]bool      // findings of more than records of a pack

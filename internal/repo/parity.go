@@ -1,6 +1,7 @@
 package repo
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/repo/internal/object"
 	"github.com/backstay/backstay/internal/repo/internal/parity"
+	"github.com/backstay/backstay/internal/repo/internal/seal"
 )
 
 const (
@@ -132,6 +134,7 @@ func (r *Repository) sweepUnder(ctx context.Context, prefix string) error {
 type ParityState struct {
 	Kept    bool  // writers store parity
 	Lacking int64 // objects without it, or whose parity has the wrong length
+	Made    int64 // packs that lacked it and have it now
 }
 
 // parityInventory counts what has no parity, of what this check looked at, and
@@ -167,8 +170,10 @@ func (c *check) parityInventory(ctx context.Context) error {
 		}
 		delete(wanted, name)
 	}
+	c.lacking = map[[32]byte]bool{}
 	for n := range has {
 		if !has[n] && c.h.packs[n].state == packSound {
+			c.lacking[c.h.packs[n].id] = true
 			c.unguarded = append(c.unguarded, c.h.packs[n].name())
 		}
 	}
@@ -192,4 +197,26 @@ func (s *scrubber) parity(name string, b []byte) error {
 		return errors.New("it is for another pack")
 	}
 	return nil
+}
+
+// guardRead makes the parity of a pack that lacks it and was just found sound.
+// Data is all of the pack, or nil where it was read in pieces: then it is read
+// once more, and proven again. Trouble is none: the report says what has none.
+func (s *scrubber) guardRead(ctx context.Context, p heldPack, data []byte) {
+	if !s.o.guard || !s.lacking[p.id] || ctx.Err() != nil {
+		return
+	}
+	if data == nil {
+		var err error
+		if data, err = s.read(ctx, p); err != nil || seal.Hash(data) != p.id {
+			return
+		}
+	}
+	if s.r.guard(ctx, p.name(), p.id, bytes.NewReader(data), int64(len(data))) != nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.report.Parity.Made++
+	s.report.Parity.Lacking--
 }

@@ -148,3 +148,48 @@ func TestParityThatCannotBeStored(t *testing.T) {
 		}
 	}
 }
+
+// Packs of a backup that died have no parity. A check that reads them makes it;
+// one that does not read them, or a store that takes no writes, leaves them.
+func TestScrubMakesTheParityThatPacksLack(t *testing.T) {
+	base, h, pack := wreckedRepo(t)
+	lost := mustNames(t, base, parityPrefix+packPrefix)
+	for _, name := range lost {
+		if err := base.Delete(bg, name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := int64(len(lost))
+	for _, c := range []struct {
+		name    string
+		o       CheckOptions
+		full    bool
+		made    int64
+		lacking int64
+	}{
+		{"inventory", CheckOptions{}, false, 0, n},
+		{"scrub", CheckOptions{Scrub: true}, false, n, 0},
+		{"read data", CheckOptions{ReadData: true}, false, n, 0},
+		{"scrub of a full store", CheckOptions{Scrub: true}, true, 0, n},
+	} {
+		st := base.Clone()
+		var view blob.Store = st
+		if c.full {
+			view = fullStore{st, t}
+		}
+		rep := mustCheck(t, mustOpen(t, view), c.o)
+		if rep.Parity.Made != c.made || rep.Parity.Lacking != c.lacking {
+			t.Errorf("%s: %+v, want %d made and %d lacking", c.name, rep.Parity, c.made, c.lacking)
+		}
+		if c.made == 0 {
+			continue
+		}
+		if err := st.Damage(pack, func(b []byte) []byte { b[len(b)/2] ^= 4; return b }); err != nil {
+			t.Fatal(err)
+		}
+		if rep := mustRepair(t, st, true, RepairOptions{Scrub: true}); len(rep.Left.Findings) > 0 {
+			t.Errorf("%s: what was made does not heal: %+v", c.name, rep.Left.Findings)
+		}
+		mustBeWhole(t, st, h, h.points...)
+	}
+}

@@ -210,6 +210,7 @@ func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
 	if !s.o.ReadData && s.near {
 		if s.hashes(ctx, p) {
 			s.wasRead(id)
+			s.guardRead(ctx, p, nil)
 			return nil
 		}
 		first = 1
@@ -234,6 +235,9 @@ func (s *scrubber) pack(ctx context.Context, id [32]byte, o blob.Object) error {
 			continue
 		}
 		s.wasRead(id)
+		if same {
+			s.guardRead(ctx, p, data)
+		}
 		good, damage := []pack.Entry(nil), []pack.Damage(nil)
 		if same && !s.o.ReadData {
 			return nil
