@@ -68,7 +68,7 @@ func (r *Repository) Repair(ctx context.Context, o RepairOptions) (RepairReport,
 	if err != nil {
 		return rep, err
 	}
-	m := &mender{r: r, o: o, c: c, report: &rep, gone: map[string]bool{}, tried: map[string]bool{}}
+	m := &mender{r: r, o: o, c: c, report: &rep, gone: map[string]bool{}, tried: map[string]bool{}, aside: map[string]string{}}
 	if n, err := m.misplaced(ctx); err != nil {
 		return rep, err
 	} else if n > 0 && !o.DryRun {
@@ -115,8 +115,9 @@ type mender struct {
 	o      RepairOptions
 	c      *check
 	report *RepairReport
-	gone   map[string]bool // objects that are, or would be, damaged no more
-	tried  map[string]bool // small objects
+	gone   map[string]bool   // objects that are, or would be, damaged no more
+	tried  map[string]bool   // small objects
+	aside  map[string]string // records that lay in the place of another: where they are until they are in theirs
 }
 
 func (m *mender) say(d Mended) {

@@ -94,9 +94,67 @@ func (m *mender) misplaced(ctx context.Context) (n int, err error) {
 		}
 		if moved {
 			n++
+			if err := m.dropAside(ctx, at, name, found[at]); err != nil {
+				return n, err
+			}
 		}
 	}
 	return n, nil
+}
+
+// setAside stores b once more, which lies under the name at and is about to be
+// overwritten, where it is the record of another name and not in its place: who
+// dies before it is there leaves a stray, and does not lose it.
+func (m *mender) setAside(ctx context.Context, at string, b []byte, named map[string]bool) error {
+	name, err := m.r.trueName(ctx, b, named)
+	if name == "" || err != nil {
+		return err
+	}
+	now, err := readObject(ctx, m.r.st, pointPrefix+name)
+	switch {
+	case err == nil && bytes.Equal(now, b):
+		return nil
+	case err != nil && !errors.Is(err, fault.ErrNotFound) && !errors.Is(err, fault.ErrCorrupt):
+		return err
+	}
+	id, _, err := newID()
+	if err != nil {
+		return err
+	}
+	aside := at + "-" + id
+	if err := create(ctx, m.r.st, pointPrefix+aside, b); err != nil {
+		return err
+	}
+	m.aside[at] = aside
+	return nil
+}
+
+// overwrite puts b in the place of the record at, where now lies.
+func (m *mender) overwrite(ctx context.Context, at string, now, b []byte, named map[string]bool) error {
+	if err := m.setAside(ctx, at, now, named); err != nil {
+		return err
+	}
+	err := put(ctx, m.r.st, pointPrefix+at, b)
+	if aside := m.aside[at]; err != nil && aside != "" {
+		if still, e := readObject(ctx, m.r.st, pointPrefix+at); e == nil && bytes.Equal(still, now) {
+			delete(m.aside, at)
+			_ = m.r.remove(ctx, pointPrefix+aside)
+		}
+	}
+	return err
+}
+
+// dropAside removes what was set aside of the name at, if that, b, is in its place.
+func (m *mender) dropAside(ctx context.Context, at, name string, b []byte) error {
+	aside := m.aside[at]
+	if aside == "" {
+		return nil
+	}
+	now, err := readObject(ctx, m.r.st, pointPrefix+name)
+	if err != nil || !bytes.Equal(now, b) {
+		return err
+	}
+	return m.r.remove(ctx, pointPrefix+aside)
 }
 
 // committedNames are the records that sessions made exist, also those that were
@@ -157,7 +215,7 @@ func (m *mender) moveBack(ctx context.Context, at, name string, b []byte, named 
 		if _, bad := m.r.decodeRecord(name, now); bad == nil && !bytes.Equal(now, b) {
 			return false, nil // without keys nobody can say which one is right
 		} else if bad != nil && !m.o.DryRun {
-			err = put(ctx, m.r.st, full, b)
+			err = m.overwrite(ctx, name, now, b, named)
 		}
 	case errors.Is(err, fault.ErrNotFound):
 		err = m.bringBack(ctx, name, b)

@@ -15,32 +15,7 @@ func TestRepairPutsRecordsBack(t *testing.T) {
 	base, h, _ := wreckedRepo(t)
 	recs := mustNames(t, base, pointPrefix)
 	a, b := recs[0], recs[1]
-	move := func(t *testing.T, st *mem.Store, from, to string) {
-		t.Helper()
-		raw := mustReadObject(t, st, from)
-		if err := st.Delete(bg, from); err != nil {
-			t.Fatal(err)
-		}
-		if err := put(bg, st, to, raw); err != nil {
-			t.Fatal(err)
-		}
-	}
-	exchange := func(t *testing.T, st *mem.Store, x, y string) {
-		t.Helper()
-		bytesOfY := mustReadObject(t, st, y)
-		move(t, st, x, y)
-		if err := put(bg, st, x, bytesOfY); err != nil {
-			t.Fatal(err)
-		}
-	}
-	without := func(t *testing.T, st *mem.Store) {
-		t.Helper()
-		for _, name := range mustNames(t, st, parityPrefix+pointPrefix) {
-			if err := st.Delete(bg, name); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
+	move, exchange, without := moveObject, exchangeObjects, withoutParityOfRecords
 	for _, c := range []struct {
 		name    string
 		hurt    func(t *testing.T, st *mem.Store)
@@ -94,6 +69,83 @@ func TestRepairPutsRecordsBack(t *testing.T) {
 			}
 			mustBeClean(t, st, h)
 		}
+	}
+}
+
+func moveObject(t *testing.T, st *mem.Store, from, to string) {
+	t.Helper()
+	raw := mustReadObject(t, st, from)
+	if err := st.Delete(bg, from); err != nil {
+		t.Fatal(err)
+	}
+	if err := put(bg, st, to, raw); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func exchangeObjects(t *testing.T, st *mem.Store, x, y string) {
+	t.Helper()
+	bytesOfY := mustReadObject(t, st, y)
+	moveObject(t, st, x, y)
+	if err := put(bg, st, x, bytesOfY); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func withoutParityOfRecords(t *testing.T, st *mem.Store) {
+	t.Helper()
+	for _, name := range mustNames(t, st, parityPrefix+pointPrefix) {
+		if err := st.Delete(bg, name); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A repair that dies between putting back one of two records and the other has
+// lost neither, also where nothing but their bytes says what they were.
+func TestRepairOfExchangedRecordsSurvivesCrash(t *testing.T) {
+	base, h, _ := wreckedRepo(t)
+	recs := mustNames(t, base, pointPrefix)
+	for n := 0; ; n++ {
+		st := base.Clone()
+		withoutParityOfRecords(t, st)
+		exchangeObjects(t, st, recs[0], recs[1])
+		_, err := mustOpen(t, crashAfter(n, st)).Repair(bg, RepairOptions{})
+		if rep := mustRepair(t, st, false, RepairOptions{}); len(rep.Left.Findings) > 0 {
+			t.Fatalf("crash after %d: %+v", n, rep.Left.Findings)
+		}
+		if got := mustNames(t, st, pointPrefix); !slices.Equal(got, recs) {
+			t.Fatalf("crash after %d: records %v", n, got)
+		}
+		for _, name := range recs {
+			if !bytes.Equal(mustReadObject(t, st, name), mustReadObject(t, base, name)) {
+				t.Fatalf("crash after %d: %s is not what it was", n, name)
+			}
+		}
+		if err == nil {
+			mustBeClean(t, st, h)
+			return
+		}
+		if n > 50 {
+			t.Fatal("it never ends")
+		}
+	}
+}
+
+// What stands beside a record waits for it while it lies under another name.
+func TestAProtectionOutlivesAnotherName(t *testing.T) {
+	st, r := newRepo(t)
+	p := mustBackup(t, r, "web01", noise(1, testChunk), nil, nil)
+	if err := r.Protect(bg, p.VM, p.ID, ProtectOptions{Why: "audit"}); err != nil {
+		t.Fatal(err)
+	}
+	name := mustNames(t, st, pointPrefix)[0]
+	moveObject(t, st, name, name+".old")
+	mustVacuum(t, mustOpen(t, st))
+	mustRepair(t, st, false, RepairOptions{})
+	points, err := mustOpen(t, st).Points(bg)
+	if err != nil || len(points) != 1 || !points[0].Protected || points[0].ProtectedWhy != "audit" {
+		t.Fatalf("%+v, %v; want the point back, and protected", points, err)
 	}
 }
 

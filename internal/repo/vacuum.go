@@ -106,6 +106,7 @@ type vacuum struct {
 	manifests []string                    // that were in the store before the epoch
 	recs      []*record
 	strays    []clearRecord // of records that somebody gave another name
+	strayed   bool          // there are such, perhaps damaged
 	needs     needs
 	walked    map[manifest.ID]bool // all of what these need is marked
 	rescued   int                  // packs
@@ -139,6 +140,7 @@ func (v *vacuum) run(ctx, free context.Context) (err error) {
 	if v.recs, err = v.r.list(ctx); err != nil {
 		return err // nobody knows what an unreadable point needs
 	}
+	v.strayed = len(v.r.strayNames()) > 0
 	if v.strays, err = v.r.strayRecords(ctx); err != nil {
 		return err
 	}
@@ -182,7 +184,7 @@ func (v *vacuum) run(ctx, free context.Context) (err error) {
 	if err := v.commit(free); err != nil {
 		return err
 	}
-	if len(v.strays) == 0 { // otherwise it may tell whose record lies under another name
+	if !v.strayed { // otherwise it may tell whose record lies under another name
 		if err := v.r.sweepParity(ctx); err != nil {
 			return err
 		}
@@ -415,7 +417,7 @@ func (v *vacuum) planOutcomes(ctx context.Context, noPoint func(string) (bool, e
 		records[strings.TrimPrefix(o.Name, pointPrefix)] = true
 	}
 	for id, out := range done {
-		if len(v.strays) > 0 {
+		if v.strayed {
 			break // a record of it may be there under another name
 		}
 		if !slices.ContainsFunc(out.Points, func(name string) bool { return records[name] }) {
@@ -427,8 +429,9 @@ func (v *vacuum) planOutcomes(ctx context.Context, noPoint func(string) (bool, e
 			return false, nil
 		}
 		session, _, _ := strings.Cut(name, "-")
-		if _, ok := done[session]; ok {
-			return true, nil
+		if out, ok := done[session]; ok {
+			// It is protected, or going, also while it lies under another name.
+			return !v.strayed || !slices.Contains(out.Points, name), nil
 		}
 		return noPoint(name)
 	}
