@@ -55,8 +55,9 @@ type beginning struct {
 	taken   time.Time
 	grade   vm.Grade
 	disks   []*disk
-	deltas  []string // files that the guest writes to meanwhile
-	tracked bool     // some disk is
+	live    map[vm.DiskID]string // files that the disks were in before the checkpoint
+	deltas  []string             // files that the guest writes to meanwhile
+	tracked bool                 // some disk is
 }
 
 // Begin takes a snapshot of a VM: see hypervisor.Driver.
@@ -318,7 +319,9 @@ func (b *beginning) open(ctx context.Context, before []drive) error {
 			shares[share] = true
 		}
 	}
+	b.live = map[vm.DiskID]string{}
 	for _, e := range before {
+		b.live[e.ID] = e.Source
 		if slices.ContainsFunc(frozen, func(f drive) bool { return f.ID == e.ID }) {
 			continue
 		}
@@ -358,7 +361,7 @@ func (b *beginning) open(ctx context.Context, before []drive) error {
 }
 
 func (b *beginning) openDisk(ctx context.Context, e *drive, shares map[string]bool, of vmFacts) error {
-	img, err := openChain(b.life, b.d.files, e.Source, e.Format, shares)
+	img, chain, err := openChain(b.life, b.d.files, e.Source, e.Format, shares)
 	if err != nil {
 		return err
 	}
@@ -367,12 +370,12 @@ func (b *beginning) openDisk(ctx context.Context, e *drive, shares map[string]bo
 	for _, w := range info.Warnings {
 		b.warn("%s: %s", e.Source, w)
 	}
-	f := diskFacts{id: e.ID, device: e.device, format: e.Format, size: e.SizeBytes, identity: info.FormatDetails["disk identity"]}
+	f := diskFacts{id: e.ID, device: e.device, format: e.Format, size: e.SizeBytes, identity: info.FormatDetails["disk identity"], chain: chain}
 	d := &disk{info: e.Disk, img: img, driver: b.d, plan: decide(f, of, b.o.Previous), window: firstWindow}
 	b.disks = append(b.disks, d)
 	if d.plan.track {
 		b.tracked = true
-		d.change = changeID{1, b.sys.guid, b.entry.Name, e.device, f.identity, e.Source}.String()
+		d.change = changeID{1, b.sys.guid, b.entry.Name, e.device, f.identity, b.live[e.ID]}.String()
 	}
 	if d.plan.mode == point.Incremental {
 		// Whether the host still knows, only an answer tells.

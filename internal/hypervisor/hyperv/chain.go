@@ -14,23 +14,25 @@ import (
 
 // openChain opens a disk's file with its parents, as they lie on the host.
 // Parents are opened only in shares by which the VM's own disks are reached.
-func openChain(ctx context.Context, fs files, file, format string, shares map[string]bool) (image.Image, error) {
+// chain names all the files.
+func openChain(ctx context.Context, fs files, file, format string, shares map[string]bool) (img image.Image, chain []string, err error) {
 	top, err := openNamed(ctx, fs, file)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	chain = []string{file}
 	open := func(f image.File, _ image.Format, parent image.OpenParent) (image.Image, error) {
 		if format == "vhd" {
 			return vhd.Open(f, parent)
 		}
 		return vhdx.Open(f, parent)
 	}
-	img, err := open(top, "", image.Parents(top, parents{ctx: ctx, fs: fs, shares: shares}, open))
+	img, err = open(top, "", image.Parents(top, parents{ctx: ctx, fs: fs, shares: shares, opened: &chain}, open))
 	if err != nil {
 		top.Close()
-		return nil, err
+		return nil, nil, err
 	}
-	return img, nil
+	return img, chain, nil
 }
 
 // A named file is called as the host calls it.
@@ -55,6 +57,7 @@ type parents struct {
 	fs     files
 	shares map[string]bool
 	child  string
+	opened *[]string // their full names, added to
 }
 
 var _ image.RelativeResolver = parents{}
@@ -76,7 +79,11 @@ func (r parents) Resolve(name string) (image.File, error) {
 	if !r.shares[share] {
 		return nil, fmt.Errorf("%q is in the share %s, where the VM has no disk: %w", full, share, image.ErrNotAllowed)
 	}
-	return openNamed(r.ctx, r.fs, full)
+	f, err := openNamed(r.ctx, r.fs, full)
+	if err == nil {
+		*r.opened = append(*r.opened, full)
+	}
+	return f, err
 }
 
 // from is the full name of what is called name in the file child.
@@ -90,6 +97,13 @@ func from(child, name string) (string, error) {
 		p, err = p.Dir().Join(name)
 	}
 	return p.String(), err
+}
+
+// sameFile says whether two full names are spelt for one file.
+func sameFile(a, b string) bool {
+	p, err := winpath.Parse(a)
+	q, err2 := winpath.Parse(b)
+	return err == nil && err2 == nil && strings.EqualFold(p.String(), q.String())
 }
 
 // volumeOf is what a file shares its space with: a drive, a share, a cluster's

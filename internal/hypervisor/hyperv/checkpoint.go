@@ -208,6 +208,8 @@ func (t *target) find(ctx context.Context, e journal.Entry, sure bool) (settings
 				return s, nil
 			}
 		}
+		// The host says what it made, and that is gone: what is new is another's.
+		sure = sure && len(made) == 0
 	}
 	before := lines(e.Data[dataBefore])
 	fresh := slices.DeleteFunc(slices.Clone(have), func(s settings) bool {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -292,6 +293,26 @@ func TestUnknownCheckpoint(t *testing.T) {
 	mustAbort(t, s)
 }
 
+// A checkpoint that the host says we made, and that somebody deleted, is not
+// taken for the one that another product made since.
+func TestDeletedWhileAnotherProductMadeOne(t *testing.T) {
+	h := newFakeHost(t)
+	s := mustBegin(t, h.driver(imagetest.MemoryDir(t), Options{}), hypervisor.Options{})
+	our := s.(*session)
+	e := our.entry
+	e.Data = maps.Clone(e.Data)
+	delete(e.Data, dataID) // as a run leaves it that died while the job ran
+	h.mu.Lock()
+	h.snapshots = []*fakeSnapshot{{id: "Microsoft:THEIRS", kind: typeRecovery, name: "another product's", file: "web01.vhdx"}}
+	h.mu.Unlock()
+	var unknown *UnknownError
+	if got, err := our.t.settle(t.Context(), e); !errors.As(err, &unknown) {
+		t.Errorf("found %q, %v", got.id, err)
+	}
+	mustAbort(t, s)
+	wantLeft(t, h, 1, 0)
+}
+
 // Without a row of effects the one checkpoint that is new is ours, and the one
 // reference point.
 func TestNoRowsOfEffects(t *testing.T) {
@@ -332,6 +353,7 @@ func TestChangedDistrusts(t *testing.T) {
 		{"an empty range", good().Set("ChangedByteLengths", wsman.List(uint64(0))), nil, point.Full, "a range of 0 bytes"},
 		{"a range that wraps", good().Set("ChangedByteLengths", wsman.List(uint64(1)<<63-1)).Set("ChangedByteOffsets", wsman.List(uint64(1)<<62)), nil, point.Full, "a range of"},
 		{"a number that is none", good().Set("ChangedByteOffsets", wsman.List("x")), nil, point.Full, "not complete"},
+		{"a job beside it", good().Set("ReturnValue", wsman.Of(uint32(4096))).Set("Job", wsman.Of(wsman.NewRef("Msvm_StorageJob", "InstanceID", "any"))), nil, point.Full, "with a job instead"},
 		{"an unknown id", done(32773), nil, point.Full, "invalid parameter"},
 		{"an answer too long for the least window", nil, fmt.Errorf("%w", wsman.ErrEnvelope), point.Full, "envelope"},
 	} {

@@ -131,6 +131,10 @@ func (h *fakeHost) next() int { h.serial++; return h.serial }
 // freeze writes what the disk holds into a file of its own, over the base.
 func (h *fakeHost) freeze() string {
 	name := fmt.Sprintf("web01_%d.avhdx", h.next())
+	if len(h.snapshots) > 0 { // the file that the guest writes to stands still
+		name = strings.TrimPrefix(h.active(), folderVM)
+		os.Remove(filepath.Join(h.dir, name))
+	}
 	w, err := vhdx.Create(filepath.Join(h.dir, name), image.CreateOptions{VirtualBytes: diskSize, BlockBytes: 1 << 20,
 		Parent: `.\web01.vhdx`, ParentFormat: image.VHDX, ParentInfo: &h.base})
 	if err == nil {

@@ -3,6 +3,7 @@ package hyperv
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/backstay/backstay/internal/hypervisor"
@@ -22,7 +23,10 @@ type changeID struct {
 	Disk    string `json:"disk"` // the device of its setting
 	// Identity is the virtual disk's own, whatever file it is in.
 	Identity string `json:"identity"`
-	Path     string `json:"path"` // of its file then, for people
+	// Path is of the VM's own file just before the checkpoint. That must still be among those that the disk is
+	// made of: one to which a user's checkpoint was applied goes on in another
+	// file from an older state, and what was written before does not show.
+	Path string `json:"path"`
 }
 
 func (c changeID) String() string {
@@ -67,7 +71,8 @@ type diskFacts struct {
 	device   string
 	format   string
 	size     int64
-	identity string // of the virtual disk
+	identity string   // of the virtual disk
+	chain    []string // its frozen file and that one's parents
 }
 
 // vmFacts are of all disks of the VM.
@@ -136,6 +141,8 @@ func decide(f diskFacts, of vmFacts, prev map[vm.DiskID]hypervisor.PreviousDisk)
 		d.reason = lost + "the disk hangs on another device now"
 	case f.size != was.SizeBytes:
 		d.reason = fmt.Sprintf("%sthe disk was resized from %d to %d bytes", lost, was.SizeBytes, f.size)
+	case !slices.ContainsFunc(f.chain, func(name string) bool { return sameFile(name, c.Path) }):
+		d.reason = lost + "it is no longer made of " + c.Path + ": a checkpoint was applied or deleted, or the disk was moved"
 	case !have:
 		d.reason = lost + "no reference point of that restore point is known here"
 	case base.missing:

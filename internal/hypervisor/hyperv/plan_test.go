@@ -16,7 +16,7 @@ import (
 func TestDecide(t *testing.T) {
 	const device = `ctl-1\0\0\l`
 	id := changeID{1, vmGUID, "run1", device, "identity", `C:\VMs\web01.vhdx`}
-	disk := diskFacts{id: "scsi0:0", device: device, format: "vhdx", size: 100, identity: "identity"}
+	disk := diskFacts{id: "scsi0:0", device: device, format: "vhdx", size: 100, identity: "identity", chain: []string{`C:\VMs\web01_new.avhdx`, `c:\vms\WEB01.vhdx`}}
 	good := reference{id: "RP", disks: []string{`Microsoft:OTHER\x`, `Microsoft:VM\` + strings.ToUpper(device)}, tracking: []string{"a", "b"}}
 	type given struct {
 		disk diskFacts
@@ -46,6 +46,9 @@ func TestDecide(t *testing.T) {
 		{"moved to another slot", point.Full, "another device", func(g *given) { g.disk.device = `ctl-1\0\1\l` }},
 		{"grown", point.Full, "from 100 to 101 bytes", func(g *given) { g.disk.size = 101 }},
 		{"shrunk", point.Full, "from 100 to 99 bytes", func(g *given) { g.disk.size = 99 }},
+		{"a checkpoint was applied", point.Full, `no longer made of C:\VMs\web01.vhdx`, func(g *given) {
+			g.disk.chain = []string{`C:\VMs\web01_applied.avhdx`, `C:\VMs\web01_before.vhdx`}
+		}},
 		{"another server's journal", point.Full, "is known here", func(g *given) { g.of.bases = nil }},
 		{"the reference point is gone", point.Full, "no longer has", func(g *given) { g.of.bases["run1"] = reference{missing: true} }},
 		{"arrays of different length", point.Full, "2 disks and 1 change tracking ids", func(g *given) {

@@ -257,11 +257,14 @@ func (d *disk) ask(ctx context.Context, off int64) error {
 // the tracking id. It gives for how many of them the answer holds.
 func (c *client) changes(ctx context.Context, file, since string, off, n int64) (out extent.Set, done int64, err error) {
 	const method = "GetVirtualDiskChanges"
-	o, err := c.do(ctx, familyImage, service(classImages), method,
+	o, job, err := c.start(ctx, familyImage, service(classImages), method,
 		wsman.Arg("Path", wsman.Of(file)), wsman.Arg("LimitId", wsman.Of(since)), wsman.Arg("TargetSnapshotId", wsman.Of("")),
 		wsman.Arg("ByteOffset", wsman.Of(uint64(off))), wsman.Arg("ByteLength", wsman.Of(uint64(n))))
 	if err != nil {
 		return out, 0, err
+	}
+	if job.Class != "" { // whose results nobody gets to see: not even that there are some
+		return out, 0, fmt.Errorf("%s: the host answers with a job instead of ranges", method)
 	}
 	done, ok := o.number("ProcessedByteLength")
 	offs, ok1 := o.numbers("ChangedByteOffsets")

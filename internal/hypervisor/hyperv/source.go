@@ -1,6 +1,7 @@
 package hyperv
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/url"
@@ -29,7 +30,9 @@ type address struct {
 func ParseSource(source string) (host *url.URL, name string, err error) {
 	u, err := url.Parse(source)
 	if err != nil {
-		return nil, "", fmt.Errorf("source %q: %w", source, err)
+		// A password that does not belong there may be what makes it unreadable,
+		// and err repeats all of it.
+		return nil, "", errors.New("a source begins with hyperv and is no URL: want hyperv://USER@HOST/NAME, with % and other signs of its parts as %XX")
 	}
 	if name, err = url.PathUnescape(strings.TrimPrefix(u.EscapedPath(), "/")); err != nil {
 		return nil, "", fmt.Errorf("source %s: %w", u.Redacted(), err)

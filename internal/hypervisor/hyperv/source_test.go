@@ -30,7 +30,7 @@ func TestParseSource(t *testing.T) {
 		}
 	}
 	for _, in := range []string{
-		"hyperv://hv01/web01", "hyperv:///web01", "hyperv://u:secret@hv01/x", "hyperv://u@hv01/a/b", "hyperv://u@hv01/%zz",
+		"hyperv://hv01/web01", "hyperv:///web01", "hyperv://u:secret@hv01/x", "hyperv://u@hv01/a/b", "hyperv://u@hv01/%zz", "hyperv://u:secret%@hv01/x",
 		"hyperv://u@hv01/x?fingerprint=" + pin, "hyperv://u@hv01/x?fingerprint=sha256:abcd", "hyperv+http://u@hv01/x?fingerprint=sha256:" + pin,
 		"hyperv+http://u@hv01/x?auth=basic", "hyperv://u@hv01/x?auth=digest", "hyperv://u@hv01/x?share=vms", "hyperv://u@hv01/x?color=red",
 		"hyperv://u@hv01/x?smb=a&smb=b", "hyperv+http://u@hv01/x?ca=/etc/ca.pem", "hyperv+ftp://u@hv01/x",
