@@ -142,6 +142,9 @@ func (s *Session) settle(w *claimWait) {
 // learnStored takes in a pack that somebody says to have stored, and that no
 // index object names yet. Only what is there counts: so it is read.
 func (r *Repository) learnStored(ctx context.Context, h *holdings, id [32]byte) {
+	// A look that comes upon the same pack has all of it in the table, or nothing.
+	h.lookMu.Lock()
+	defer h.lookMu.Unlock()
 	h.mu.RLock()
 	_, known := h.number(id)
 	h.mu.RUnlock()

@@ -3,6 +3,7 @@ package repo
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -61,7 +62,11 @@ func (r *Repository) lookForNews(ctx context.Context, h *holdings) (news bool, e
 			continue // a vacuum was faster, or a check will say
 		}
 		var packs []index.Pack
-		if index.Decode(r.id, b, func(p index.Pack) error { packs = append(packs, p); return nil }) != nil {
+		if index.Decode(r.id, b, func(p index.Pack) error {
+			p.Entries = slices.Clone(p.Entries) // they are Decode's own
+			packs = append(packs, p)
+			return nil
+		}) != nil {
 			continue
 		}
 		for _, p := range packs {

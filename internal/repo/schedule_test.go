@@ -116,20 +116,23 @@ func TestAnInterruptedScrubKeepsWhatItRead(t *testing.T) {
 	ctx, cancel := context.WithCancel(bg)
 	defer cancel()
 	tries, since := 0, 0
+	seen := make(chan struct{})
 	slow := blobtest.Faulty(st, func(c blobtest.Call) error {
 		switch {
 		case c.Op != blobtest.OpReadAt:
 		case c.Name == names[0]:
-			tries++
+			if tries++; tries == 2 {
+				close(seen)
+			}
 		case tries > 1 && strings.HasPrefix(c.Name, packPrefix):
-			// The other worker has long seen that it is damaged.
+			// It has long been seen that it is damaged.
 			if since++; since == 12 {
 				cancel()
 			}
 		}
 		return nil
 	})
-	keyless, err := OpenKeyless(bg, ctxStore{slow})
+	keyless, err := OpenKeyless(bg, ctxStore{slow, names[0], seen})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,10 +149,22 @@ func TestAnInterruptedScrubKeepsWhatItRead(t *testing.T) {
 	}
 }
 
-// ctxStore fails every read once the context is over, as real stores do.
-type ctxStore struct{ blob.Store }
+// ctxStore fails every read once the context is over, as real stores do. Packs
+// but the first one wait a little, until that is seen: else a worker may be
+// through with all of them while the other one sleeps.
+type ctxStore struct {
+	blob.Store
+	first string
+	seen  <-chan struct{}
+}
 
 func (s ctxStore) ReadAt(ctx context.Context, name string, p []byte, off int64) (int, error) {
+	if name != s.first && strings.HasPrefix(name, packPrefix) {
+		select {
+		case <-s.seen:
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 	n, err := s.Store.ReadAt(ctx, name, p, off)
 	if ctx.Err() != nil {
 		return 0, ctx.Err()
