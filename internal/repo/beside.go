@@ -431,10 +431,10 @@ func (v *vacuum) spare(n uint32, why *int) {
 
 // condemn is step 4: it names what was copied, and publishes an epoch if there
 // is anything that a session could still want.
-func (v *vacuum) condemn(ctx context.Context) error {
+func (v *vacuum) condemn(ctx, free context.Context) error {
 	if len(v.fresh) > 0 {
 		v.freshIndex = fmt.Sprintf("%s%s-%06d", indexPrefix, v.id, 0)
-		if err := put(ctx, v.r.st, v.freshIndex, index.Encode(v.r.id, v.fresh)); err != nil {
+		if err := put(free, v.r.st, v.freshIndex, index.Encode(v.r.id, v.fresh)); err != nil {
 			return err
 		}
 	}
@@ -453,12 +453,16 @@ func (v *vacuum) condemn(ctx context.Context) error {
 		}
 		// Nobody can begin a session until there is one that can be read.
 	}
-	err = v.r.publishEpoch(ctx, newest+1, v.id, packs)
+	list := free
+	if len(v.fresh) == 0 && len(v.dead) > fewCondemned {
+		list = ctx // else it leaves no room that is kept back for the list of what is deleted
+	}
+	err = v.r.publishEpoch(list, newest+1, v.id, packs)
 	if errors.Is(err, fault.ErrNoSpace) && len(v.fresh) == 0 && len(v.dead) > fewCondemned {
 		for _, n := range slices.Clone(v.dead[fewCondemned:]) {
 			v.spare(n, &v.report.Kept.TooMany)
 		}
-		err = v.r.publishEpoch(ctx, newest+1, v.id, v.goingPacks())
+		err = v.r.publishEpoch(free, newest+1, v.id, v.goingPacks())
 	}
 	if errors.Is(err, fault.ErrExists) {
 		return fmt.Errorf("another vacuum began: %w", fault.ErrFenced)
@@ -471,7 +475,8 @@ func (v *vacuum) condemn(ctx context.Context) error {
 
 // fewCondemned is how many packs are condemned at a time on a disk so full that
 // there is no room for a longer list, and later for one of what is deleted.
-const fewCondemned = 2048
+// Tests make it small.
+var fewCondemned = 2048
 
 // goingPacks are the packs that are to go.
 func (v *vacuum) goingPacks() (ids [][32]byte) {

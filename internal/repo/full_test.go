@@ -68,3 +68,23 @@ func TestFreeingOnAFullStore(t *testing.T) {
 	}
 	mustBeWhole(t, st, h, h.points...)
 }
+
+// A list of condemned packs that needs much of what is kept back would leave no
+// room for the list of what is deleted: so a long one gets none of it, and some
+// packs wait for the next vacuum.
+func TestALongListIsCutShortOnAFullStore(t *testing.T) {
+	few := fewCondemned
+	fewCondemned = 1
+	t.Cleanup(func() { fewCondemned = few })
+	st, h, p := garbageRepo(t)
+	r := mustOpen(t, fullStore{st, t})
+	if err := r.DeletePoint(bg, p.VM, p.ID); err != nil {
+		t.Fatalf("delete: %v", err)
+	}
+	h.points = h.points[1:]
+	rep, err := r.Vacuum(bg, VacuumOptions{})
+	if err != nil || rep.DeletedPacks != 1 || rep.Kept.TooMany == 0 {
+		t.Fatalf("%+v, %v; want one pack to go, and the others to be kept as too many", rep, err)
+	}
+	mustBeWhole(t, st, h, h.points...)
+}

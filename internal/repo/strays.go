@@ -288,9 +288,21 @@ func (m *mender) bringBack(ctx context.Context, name string, b []byte) error {
 		}
 		err = create(ctx, m.r.st, pointPrefix+name, b)
 		if errors.Is(err, fault.ErrExists) {
-			err = nil // somebody was faster
+			return nil // somebody was faster
 		}
-		return err
+		if err != nil {
+			return err
+		}
+		// A vacuum that took this for dead did not wait for it, and may have freed
+		// what was proven to be there. One that does so from now on finds the record.
+		held, err := m.r.outcomeOf(ctx, id)
+		if err == nil && held.State == revoked {
+			err = fmt.Errorf("%w by a vacuum", fault.ErrFenced)
+		}
+		if err != nil {
+			return errors.Join(err, m.r.remove(ctx, pointPrefix+name))
+		}
+		return nil
 	}
 	return m.r.allThere(ctx, rec, func([32]byte) bool { return true })
 }

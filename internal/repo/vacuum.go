@@ -164,7 +164,7 @@ func (v *vacuum) run(ctx, free context.Context) (err error) {
 	} else if err != nil {
 		return err
 	}
-	if err := v.condemn(free); err != nil {
+	if err := v.condemn(ctx, free); err != nil {
 		return err
 	}
 	if err := v.await(free); err != nil {
