@@ -52,12 +52,12 @@ type host struct {
 
 // asked is a request as the host got it.
 type asked struct {
-	number           int // from 0
-	envelope         string
-	action, id       string
-	conn             *hostConn
-	w                http.ResponseWriter
-	resource, method string
+	number     int // from 0
+	envelope   string
+	action, id string
+	conn       *hostConn
+	w          http.ResponseWriter
+	method     string
 }
 
 type reply struct {
@@ -72,7 +72,6 @@ type hostConn struct {
 	busy    sync.Mutex
 	context *ntlmtest.Context
 	in      bool
-	dropped bool
 }
 
 type connKey struct{}

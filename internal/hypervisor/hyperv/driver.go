@@ -38,10 +38,9 @@ type Driver struct {
 
 	settleTime, busyTime, mergeWait, watchTime time.Duration
 
-	slots    chan struct{}
-	mu       sync.Mutex
-	volumes  map[string]chan struct{}
-	hostName string
+	slots   chan struct{}
+	mu      sync.Mutex
+	volumes map[string]chan struct{}
 }
 
 var (

@@ -17,7 +17,8 @@ import (
 	"time"
 	"unicode/utf16"
 
-	"golang.org/x/crypto/md4" // what NTLM hashes a password with
+	//lint:ignore SA1019 the hash of a password in NTLM is MD4
+	"golang.org/x/crypto/md4"
 
 	"github.com/backstay/backstay/internal/fault"
 )

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"unicode/utf16"
 
+	//lint:ignore SA1019 the hash of a password in NTLM is MD4
 	"golang.org/x/crypto/md4"
 )
 
