@@ -13,6 +13,7 @@ func FuzzEnvelope(f *testing.F) {
 		f.Add([]byte(soap(a, body).body))
 	}
 	f.Add([]byte("<a><b"))
+	f.Add([]byte(soap(a, "text<i>in<b>text<u/></b></i>").body))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		e, err := readEnvelope(data, "uuid:1", 200)
 		if err != nil && (e != nil || err.Error() == "" || len(err.Error()) > 2000 && !strings.Contains(err.Error(), "XML")) {

@@ -286,3 +286,19 @@ func TestTextSurvivesBothLayers(t *testing.T) {
 		}
 	})
 }
+
+// Text that stands before and after elements is kept, however deep they lie.
+func TestTextBetweenElements(t *testing.T) {
+	e, err := parseXML([]byte("<a>1<b>2<c>3<d>4<e>5</e>6</d>7</c>8</b>9</a>"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"19", "28", "37", "46", "5"} {
+		if e.text != want {
+			t.Errorf("%s has %q, want %q", e.name, e.text, want)
+		}
+		if len(e.children) > 0 {
+			e = e.children[0]
+		}
+	}
+}

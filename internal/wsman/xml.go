@@ -30,7 +30,7 @@ func parseXML(data []byte) (*element, error) {
 	d := xml.NewDecoder(bytes.NewReader(data))
 	var root *element
 	var open []*element
-	var texts []strings.Builder
+	var texts [][]byte
 	for {
 		tok, err := d.Token()
 		if err == io.EOF {
@@ -54,14 +54,14 @@ func parseXML(data []byte) (*element, error) {
 			default:
 				root = e
 			}
-			open, texts = append(open, e), append(texts, strings.Builder{})
+			open, texts = append(open, e), append(texts, nil)
 		case xml.EndElement:
 			last := len(open) - 1
-			open[last].text = texts[last].String()
+			open[last].text = string(texts[last])
 			open, texts = open[:last], texts[:last]
 		case xml.CharData:
 			if len(open) > 0 {
-				texts[len(open)-1].Write(tok)
+				texts[len(open)-1] = append(texts[len(open)-1], tok...)
 			} else if len(bytes.TrimSpace(tok)) > 0 {
 				return nil, errors.New("there is text outside of the document")
 			}
