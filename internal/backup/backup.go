@@ -124,8 +124,9 @@ type engine struct {
 	Options
 	reading chan struct{} // a place for each disk that may be read at once
 
-	mu    sync.Mutex
-	names map[string]string // VM names taken in this Run, by whom
+	mu       sync.Mutex
+	names    map[string]string // VM names taken in this Run, by whom
+	listings map[hypervisor.Driver]*listing
 }
 
 func (e *engine) session() repo.SessionOptions {
@@ -157,7 +158,7 @@ func newEngine(o Options) *engine {
 	if o.Progress == nil {
 		o.Progress = noProgress{}
 	}
-	return &engine{Options: o, reading: make(chan struct{}, o.Disks), names: map[string]string{}}
+	return &engine{Options: o, reading: make(chan struct{}, o.Disks), names: map[string]string{}, listings: map[hypervisor.Driver]*listing{}}
 }
 
 type noProgress struct{}

@@ -19,6 +19,9 @@ type history struct {
 	engine *engine
 	name   string
 	points []*point.RestorePoint
+	// handsOn says that a VM which is off hands on the change ID of its last
+	// point.
+	handsOn bool
 
 	mu      sync.Mutex
 	suspect []point.ID // points that this run marked
@@ -29,11 +32,12 @@ type history struct {
 
 // history finds out how the repository is to call the VM, and what it has.
 func (e *engine) history(ctx context.Context, job Job) (*history, string, error) {
-	machine, err := find(ctx, job)
+	machine, err := e.find(ctx, job)
 	if err != nil {
 		return nil, "", err
 	}
-	h := &history{engine: e}
+	_, tracksOff := job.Driver.(hypervisor.OffTracker)
+	h := &history{engine: e, handsOn: !tracksOff}
 	all, err := e.Repo.Points(ctx)
 	switch {
 	case errors.Is(err, fault.ErrCorrupt):
@@ -65,11 +69,57 @@ func (e *engine) history(ctx context.Context, job Job) (*history, string, error)
 	return h, name, nil
 }
 
-func find(ctx context.Context, job Job) (vm.Machine, error) {
-	machines, err := job.Driver.Machines(ctx)
+// A listing is what a host said of its VMs, once in a Run: a host of a hundred
+// of them is not asked for each one's sake.
+type listing struct {
+	mu       sync.Mutex
+	machines []vm.Machine // without their disks, perhaps
+	asked    bool
+}
+
+// list asks a driver for its VMs, and again only if anew is said.
+func (e *engine) list(ctx context.Context, d hypervisor.Driver, anew bool) (machines []vm.Machine, fresh bool, err error) {
+	e.mu.Lock()
+	l := e.listings[d]
+	if l == nil {
+		l = &listing{}
+		e.listings[d] = l
+	}
+	e.mu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.asked && !anew {
+		return l.machines, false, nil
+	}
+	ask := d.Machines
+	if lister, ok := d.(hypervisor.Lister); ok {
+		ask = lister.List
+	}
+	if machines, err = ask(ctx); err != nil {
+		return nil, false, err
+	}
+	l.machines, l.asked = machines, true
+	return machines, true, nil
+}
+
+// find looks for the VM of job. One that is not there may have come since the
+// host was asked.
+func (e *engine) find(ctx context.Context, job Job) (vm.Machine, error) {
+	machines, fresh, err := e.list(ctx, job.Driver, false)
 	if err != nil {
 		return vm.Machine{}, err
 	}
+	m, err := choose(machines, job)
+	if !errors.Is(err, ErrNoSuchVM) || fresh {
+		return m, err
+	}
+	if machines, _, err = e.list(ctx, job.Driver, true); err != nil {
+		return vm.Machine{}, err
+	}
+	return choose(machines, job)
+}
+
+func choose(machines []vm.Machine, job Job) (vm.Machine, error) {
 	var named []vm.Machine
 	for _, m := range machines {
 		if m.UUID != "" && strings.EqualFold(m.UUID, job.Name) {
@@ -196,9 +246,10 @@ func (h *history) base(id vm.DiskID) (base, bool) {
 			}
 			b.Disk, b.at = older, i
 		}
-		// Only the backup of a VM that runs begins to count. If the oldest that
-		// is left is another, what the bitmap belongs to was deleted.
-		if s := h.points[b.at].Machine.State; s != "running" && s != "paused" {
+		// Only the backup of a VM that runs begins to count, unless its driver
+		// says otherwise. If the oldest that is left is another, what the bitmap
+		// belongs to was deleted.
+		if s := h.points[b.at].Machine.State; h.handsOn && s != "running" && s != "paused" {
 			b.Disk, b.at, b.why = d, newest, "the restore point that change tracking counts from is gone"
 		}
 	}

@@ -46,7 +46,7 @@ func TestUniqueName(t *testing.T) {
 // A VM is found by its name or its UUID, and two of one name never come to
 // share a history.
 func TestFindByNameOrUUID(t *testing.T) {
-	driver := listing{{Name: "web01", UUID: "1a"}, {Name: "web01", UUID: "2b"}, {Name: "db01", UUID: "3c"}}
+	driver := &listed{vms: []vm.Machine{{Name: "web01", UUID: "1a"}, {Name: "web01", UUID: "2b"}, {Name: "db01", UUID: "3c"}}}
 	for _, c := range []struct {
 		job  Job
 		uuid string // "" for an error
@@ -60,18 +60,53 @@ func TestFindByNameOrUUID(t *testing.T) {
 		{Job{Name: ""}, ""},
 	} {
 		c.job.Driver = driver
-		m, err := find(t.Context(), c.job)
+		m, err := newEngine(Options{}).find(t.Context(), c.job)
 		if m.UUID != c.uuid || (err == nil) != (c.uuid != "") {
 			t.Errorf("%q as %q: %+v, %v", c.job.Name, c.job.VM, m, err)
 		}
 	}
 }
 
-// A listing is a host that can do no more than list its VMs.
-type listing []vm.Machine
+// A host is asked for its VMs once for all jobs, and again for a VM that it did
+// not have then.
+func TestHostIsListedOnce(t *testing.T) {
+	driver := &listed{vms: []vm.Machine{{Name: "web01", UUID: "1a"}, {Name: "db01", UUID: "3c"}}}
+	e := newEngine(Options{})
+	for name, asked := range map[string]int{"web01": 1, "db01": 1, "3c": 1} {
+		if _, err := e.find(t.Context(), Job{Driver: driver, Name: name}); err != nil || driver.asked != asked {
+			t.Errorf("%s: asked %d times, %v", name, driver.asked, err)
+		}
+	}
+	driver.vms = append(driver.vms, vm.Machine{Name: "new01", UUID: "4d"})
+	if m, err := e.find(t.Context(), Job{Driver: driver, Name: "new01"}); m.UUID != "4d" || driver.asked != 2 {
+		t.Errorf("a VM that came since: %+v, %v, asked %d times", m, err, driver.asked)
+	}
+	if _, err := e.find(t.Context(), Job{Driver: driver, Name: "nobody"}); !errors.Is(err, ErrNoSuchVM) {
+		t.Errorf("%v", err)
+	}
+}
 
-func (l listing) Machines(context.Context) ([]vm.Machine, error) { return l, nil }
-func (listing) Close() error                                     { return nil }
-func (listing) Begin(context.Context, string, hypervisor.Options) (hypervisor.Session, error) {
+// A VM that was off when it was backed up last has lost nothing where its driver
+// counts changes from every backup on.
+func TestOffAtTheLastBackup(t *testing.T) {
+	points := []*point.RestorePoint{{VM: "web01", Machine: vm.Machine{State: "shut off"}, Disks: []point.Disk{{Disk: vm.Disk{ID: "scsi0:0"}, ChangeID: "since then"}}}}
+	for _, handsOn := range []bool{true, false} {
+		h := &history{points: points, handsOn: handsOn}
+		b, ok := h.base("scsi0:0")
+		if !ok || (b.ChangeID == "") != handsOn || (b.why == "") == handsOn {
+			t.Errorf("hands on %v: %+v, %v", handsOn, b, ok)
+		}
+	}
+}
+
+// listed is a host that can do no more than list its VMs.
+type listed struct {
+	vms   []vm.Machine
+	asked int
+}
+
+func (l *listed) Machines(context.Context) ([]vm.Machine, error) { l.asked++; return l.vms, nil }
+func (*listed) Close() error                                     { return nil }
+func (*listed) Begin(context.Context, string, hypervisor.Options) (hypervisor.Session, error) {
 	return nil, errors.New("only a list")
 }

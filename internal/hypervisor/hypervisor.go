@@ -15,7 +15,8 @@ import (
 )
 
 // A Driver speaks to one host. Its methods are safe for concurrent use, on
-// different VMs; two sessions on one VM are refused with fault.ErrLocked.
+// different VMs; two sessions on one VM are refused with fault.ErrLocked. It can
+// be a map's key.
 type Driver interface {
 	// Machines lists all VMs of the host, with their disks.
 	Machines(ctx context.Context) ([]vm.Machine, error)
@@ -126,3 +127,15 @@ var ErrTrackingLost = errors.New("change tracking was lost")
 type TrackingResetter interface {
 	ResetTracking(ctx context.Context, name, repoID string) error
 }
+
+// A Lister is a Driver that names its VMs for less than Machines costs, which
+// asks the host for each one's disks.
+type Lister interface {
+	// List is Machines without the disks.
+	List(ctx context.Context) ([]vm.Machine, error)
+}
+
+// An OffTracker is a Driver whose sessions each begin to count what changes,
+// those of a VM that is off, too. The others' points of such a VM hand on the
+// change ID of the point before.
+type OffTracker interface{ TracksOff() }

@@ -46,6 +46,8 @@ type Driver struct {
 var (
 	_ hypervisor.Driver           = (*Driver)(nil)
 	_ hypervisor.TrackingResetter = (*Driver)(nil)
+	_ hypervisor.Lister           = (*Driver)(nil)
+	_ hypervisor.OffTracker       = (*Driver)(nil)
 )
 
 // newDriver makes a Driver of what reaches a host.
@@ -70,6 +72,22 @@ func (d *Driver) Close() error { return errors.Join(d.files.close(), d.client.Cl
 
 // hostKey names the host in the journal.
 func (d *Driver) hostKey() string { return strings.ToLower(d.host.Hostname()) }
+
+// TracksOff says that a reference point is made of a VM that is off, too.
+func (d *Driver) TracksOff() {}
+
+// List names all VMs, with one question.
+func (d *Driver) List(ctx context.Context) ([]vm.Machine, error) {
+	host, list, err := d.systems(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]vm.Machine, 0, len(list))
+	for _, s := range list {
+		out = append(out, d.describe(host, s))
+	}
+	return out, nil
+}
 
 // Machines lists all VMs with their disks. A disk whose size the host doesn't
 // tell has the size 0.
