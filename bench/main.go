@@ -10,6 +10,7 @@
 //	go run ./bench -only limits       # the repository against hash, libzstd and AES alone
 //	go run ./bench -only beside       # a backup beside a vacuum
 //	go run ./bench -only smb          # reading a share against smbclient; needs root
+//	go run ./bench -only hyperv       # a VM of a simulated Hyper-V host; needs root and Samba
 //
 // It needs restic, borg, qemu-img and zstd; what is missing is left out and
 // said so. Every time is wall time up to the end of a sync of the file system,
@@ -38,13 +39,14 @@ func main() {
 		return
 	}
 	var b bench
-	only := flag.String("only", "full,restore,rescan,vm,images,history,limits,beside,smb", "comma-separated, in this order: full, restore, rescan, vm, images, history, limits, beside, smb")
+	only := flag.String("only", "full,restore,rescan,vm,images,history,limits,beside,smb,hyperv", "comma-separated, in this order: full, restore, rescan, vm, images, history, limits, beside, smb, hyperv")
 	flag.StringVar(&b.dir, "dir", filepath.Join(os.TempDir(), "backstay-bench"), "work directory; 40 GiB are needed")
 	flag.IntVar(&b.runs, "runs", 5, "runs of each tool; the median counts")
 	flag.Int64Var(&b.virtual, "virtual", 8<<30, "virtual size of the disk in bytes")
 	flag.Int64Var(&b.files, "files", 4<<30+512<<20, "bytes of real files on it")
 	flag.Int64Var(&b.historyBytes, "history-size", 1<<30, "bytes of the disk of history")
 	flag.IntVar(&b.historyDays, "history-days", 60, "days of history; the default takes some 12 GiB")
+	flag.Int64Var(&b.hypervBytes, "hyperv-size", 8<<30, "virtual size of the disk of hyperv; a quarter is data, and half as much is taken at most")
 	flag.BoolVar(&b.peers, "peers", true, "run the other tools too")
 	flag.Parse()
 	if err := b.run(ctx, strings.Split(*only, ",")); err != nil {
@@ -61,6 +63,7 @@ type bench struct {
 
 	historyBytes int64
 	historyDays  int
+	hypervBytes  int64
 
 	exe  string // backstay
 	disk string // the raw image
@@ -99,6 +102,8 @@ func (b *bench) run(ctx context.Context, cases []string) error {
 			err = b.beside(ctx)
 		case "smb":
 			err = b.smb(ctx)
+		case "hyperv":
+			err = b.hyperv(ctx)
 		default:
 			err = fmt.Errorf("no such case")
 		}

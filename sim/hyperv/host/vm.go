@@ -43,6 +43,9 @@ type DiskSpec struct {
 	Path  string // "C:\VMs\web01\web01.vhdx"; made of the VM's name if empty
 	Bytes int64
 	Fixed bool
+	// Exists says that the file is there already, a VHDX without a parent. Of
+	// what it holds Expected knows nothing.
+	Exists bool
 }
 
 // A vm is a virtual machine.
@@ -179,8 +182,10 @@ func (h *Host) AddVM(s Spec) (string, error) {
 		if path == "" {
 			path = fmt.Sprintf(`C:\VMs\%s\Virtual Hard Disks\%s-%d.vhdx`, s.Name, s.Name, n)
 		}
-		if err := h.createDisk(path, d.Bytes, d.Fixed); err != nil {
-			return "", err
+		if !d.Exists {
+			if err := h.createDisk(path, d.Bytes, d.Fixed); err != nil {
+				return "", err
+			}
 		}
 		disk, err := h.openDisk(base+`\L`, path)
 		if err != nil {
