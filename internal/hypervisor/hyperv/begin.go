@@ -348,13 +348,13 @@ func (b *beginning) open(ctx context.Context, before []drive) error {
 	}
 	// What the VM's disks are in now, besides, grows while we read and is
 	// merged when we are done.
-	now, _, err := b.d.drives(ctx, b.now.ref)
+	now, err := b.d.sources(ctx, b.now.ref)
 	if err != nil {
 		return err
 	}
-	for _, e := range now {
-		if e.Source != "" && !slices.ContainsFunc(frozen, func(f drive) bool { return strings.EqualFold(f.Source, e.Source) }) {
-			b.deltas = append(b.deltas, e.Source)
+	for _, file := range now {
+		if !slices.ContainsFunc(frozen, func(f drive) bool { return strings.EqualFold(f.Source, file) }) {
+			b.deltas = append(b.deltas, file)
 		}
 	}
 	return nil
@@ -371,7 +371,7 @@ func (b *beginning) openDisk(ctx context.Context, e *drive, shares map[string]bo
 		b.warn("%s: %s", e.Source, w)
 	}
 	f := diskFacts{id: e.ID, device: e.device, format: e.Format, size: e.SizeBytes, identity: info.FormatDetails["disk identity"], chain: chain}
-	d := &disk{info: e.Disk, img: img, driver: b.d, plan: decide(f, of, b.o.Previous), window: firstWindow}
+	d := &disk{info: e.Disk, img: img, driver: b.d, plan: decide(f, of, b.o.Previous), window: window{bytes: firstWindow}}
 	b.disks = append(b.disks, d)
 	if d.plan.track {
 		b.tracked = true

@@ -32,7 +32,6 @@ func (b *beginning) describeConfig(ctx context.Context) {
 
 // definition is the VM without what only Hyper-V has.
 func (b *beginning) definition(ctx context.Context) vm.Definition {
-	const component = "Msvm_VirtualSystemSettingDataComponent"
 	s := b.frozen
 	def := vm.Definition{Version: 1, Name: b.sys.name, UUID: b.sys.guid, Hypervisor: "hyperv", Firmware: "bios",
 		Notes: strings.Join(s.list("Notes"), "\n")}
@@ -40,7 +39,7 @@ func (b *beginning) definition(ctx context.Context) vm.Definition {
 		def.Firmware, def.SecureBoot = "uefi", s.truth("SecureBootEnabled")
 	}
 	ask := func(class string) []object {
-		list, err := b.d.query(ctx, associated(s.ref, component, class))
+		list, err := b.d.query(ctx, associated(s.ref, classComponent, class))
 		if err != nil {
 			b.warn("the VM's description in the restore point lacks its %s: %v", class, err)
 		}
@@ -53,9 +52,6 @@ func (b *beginning) definition(ctx context.Context) vm.Definition {
 	for _, o := range ask("Msvm_MemorySettingData") {
 		n, _ := o.number("VirtualQuantity") // in MiB
 		def.MemoryBytes = n << 20
-	}
-	for _, o := range ask("Msvm_SecuritySettingData") {
-		def.TPM = o.truth("TpmEnabled")
 	}
 	ports := ask("Msvm_EthernetPortAllocationSettingData")
 	nics := func(class, model string) {
@@ -70,7 +66,13 @@ func (b *beginning) definition(ctx context.Context) vm.Definition {
 		}
 	}
 	nics("Msvm_SyntheticEthernetPortSettingData", "synthetic")
-	nics("Msvm_EmulatedEthernetPortSettingData", "emulated")
+	if def.Firmware == "bios" { // generation 1 alone has these, generation 2 alone a TPM
+		nics("Msvm_EmulatedEthernetPortSettingData", "emulated")
+	} else {
+		for _, o := range ask("Msvm_SecuritySettingData") {
+			def.TPM = o.truth("TpmEnabled")
+		}
+	}
 	for _, d := range b.machine.Disks {
 		p := vm.DiskPlace{ID: d.ID, SizeBytes: d.SizeBytes, Bus: d.Bus, Source: d.Source}
 		fmt.Sscanf(strings.TrimPrefix(string(d.ID), d.Bus), "%d:%d", &p.Controller, &p.Slot)

@@ -37,6 +37,7 @@ type files interface {
 const (
 	classSystem     = "Msvm_ComputerSystem"
 	classSettings   = "Msvm_VirtualSystemSettingData"
+	classComponent  = "Msvm_VirtualSystemSettingDataComponent" // ties settings to a state of a VM
 	classReference  = "Msvm_VirtualSystemReferencePoint"
 	classAffected   = "Msvm_AffectedJobElement"
 	classSnapshots  = "Msvm_VirtualSystemSnapshotService"

@@ -177,17 +177,37 @@ type drive struct {
 // drives reads the disks of one state of a VM, without their sizes. fibre says
 // that it reaches further ones by a Fibre Channel of its own, unseen.
 func (c *client) drives(ctx context.Context, of wsman.Ref) (list []drive, fibre bool, err error) {
-	const component = "Msvm_VirtualSystemSettingDataComponent"
-	storage, err := c.query(ctx, associated(of, component, "Msvm_StorageAllocationSettingData"))
+	storage, err := c.storage(ctx, of)
 	if err != nil {
-		return nil, false, fmt.Errorf("list its disks: %w", err)
+		return nil, false, err
 	}
-	devices, err := c.query(ctx, associated(of, component, "Msvm_ResourceAllocationSettingData"))
+	devices, err := c.query(ctx, associated(of, classComponent, "Msvm_ResourceAllocationSettingData"))
 	if err != nil {
 		return nil, false, fmt.Errorf("list its controllers: %w", err)
 	}
 	list, fibre = arrange(storage, devices)
 	return list, fibre, nil
+}
+
+// storage are the settings of a VM's disks, of DVDs and floppies too.
+func (c *client) storage(ctx context.Context, of wsman.Ref) ([]object, error) {
+	list, err := c.query(ctx, associated(of, classComponent, "Msvm_StorageAllocationSettingData"))
+	if err != nil {
+		return nil, fmt.Errorf("list its disks: %w", err)
+	}
+	return list, nil
+}
+
+// sources are the files that a VM's disks are in. It costs one request, and
+// drives two.
+func (c *client) sources(ctx context.Context, of wsman.Ref) (files []string, err error) {
+	list, err := c.storage(ctx, of)
+	for _, o := range list {
+		if file := o.text("HostResource"); file != "" && o.text("ResourceSubType") == subDisk {
+			files = append(files, file)
+		}
+	}
+	return files, err
 }
 
 // deviceOf is what an InstanceID says of a device besides whose it is:

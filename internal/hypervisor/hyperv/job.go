@@ -70,7 +70,10 @@ func (c *client) do(ctx context.Context, f family, on wsman.Ref, method string, 
 // nobody knows how.
 func (c *client) wait(ctx context.Context, method string, job wsman.Ref) error {
 	unreachable := time.Time{}
-	for pause := c.poll / 16; ; pause = min(2*pause, c.poll) { // most jobs are short
+	for pause := c.poll / 32; ; pause = min(2*pause, c.poll) { // most jobs are short, and none is over at once
+		if err := sleep(ctx, pause); err != nil {
+			return fmt.Errorf("%s: %w", method, err)
+		}
 		in, err := c.Get(ctx, job)
 		switch {
 		case ctx.Err() != nil:
@@ -91,9 +94,6 @@ func (c *client) wait(ctx context.Context, method string, job wsman.Ref) error {
 			if ended, err := c.ended(ctx, method, job, object{in}); ended {
 				return err
 			}
-		}
-		if err := sleep(ctx, pause); err != nil {
-			return fmt.Errorf("%s: %w", method, err)
 		}
 	}
 }

@@ -154,7 +154,7 @@ type disk struct {
 	change string
 
 	mu     sync.Mutex
-	window int64 // bytes to ask the host about at once
+	window window
 	known  extent.Extent
 	answer extent.Set // what changed of known
 }
@@ -219,28 +219,21 @@ func (d *disk) Changed(ctx context.Context, within extent.Extent) (out extent.Se
 	return out, nil
 }
 
-// How much of a disk the host is asked about at once. Each range costs some
-// 200 bytes of its answer, so that a disk written all over outgrows one.
-const (
-	firstWindow = 16 << 30
-	leastWindow = 1 << 20
-)
-
 // ask asks the host what changed from off on, and keeps the answer. It asks for
 // less where the answer would be too long.
 func (d *disk) ask(ctx context.Context, off int64) error {
 	for tries := 0; ; {
-		n := min(d.window, d.info.SizeBytes-off)
-		changed, done, err := d.driver.changes(ctx, d.info.Source, d.plan.since, off, n)
+		n := min(d.window.bytes, d.info.SizeBytes-off)
+		changed, ranges, done, err := d.driver.changes(ctx, d.info.Source, d.plan.since, off, n)
 		var cut *wsman.ConnectionError
 		switch {
 		case err == nil:
 			d.known, d.answer = extent.Extent{Off: off, Len: done}, changed
+			d.window.answered(done, ranges)
 			return nil
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
-		case (errors.Is(err, wsman.ErrEnvelope) || errors.Is(err, wsman.ErrTimedOut)) && n > leastWindow:
-			d.window = max(n/2, leastWindow)
+		case (errors.Is(err, wsman.ErrEnvelope) || errors.Is(err, wsman.ErrTimedOut)) && d.window.refused(n, errors.Is(err, wsman.ErrTimedOut)):
 		case (errors.As(err, &cut) || errors.Is(err, wsman.ErrBusy)) && tries < 3:
 			// It only reads, and may be asked again.
 			tries++
@@ -254,40 +247,41 @@ func (d *disk) ask(ctx context.Context, off int64) error {
 }
 
 // changes asks which of n bytes of a file's disk from off on were written since
-// the tracking id. It gives for how many of them the answer holds.
-func (c *client) changes(ctx context.Context, file, since string, off, n int64) (out extent.Set, done int64, err error) {
+// the tracking id. It gives for how many of them the answer holds, and how many
+// ranges it has.
+func (c *client) changes(ctx context.Context, file, since string, off, n int64) (out extent.Set, ranges int, done int64, err error) {
 	const method = "GetVirtualDiskChanges"
 	o, job, err := c.start(ctx, familyImage, service(classImages), method,
 		wsman.Arg("Path", wsman.Of(file)), wsman.Arg("LimitId", wsman.Of(since)), wsman.Arg("TargetSnapshotId", wsman.Of("")),
 		wsman.Arg("ByteOffset", wsman.Of(uint64(off))), wsman.Arg("ByteLength", wsman.Of(uint64(n))))
 	if err != nil {
-		return out, 0, err
+		return out, 0, 0, err
 	}
 	if job.Class != "" { // whose results nobody gets to see: not even that there are some
-		return out, 0, fmt.Errorf("%s: the host answers with a job instead of ranges", method)
+		return out, 0, 0, fmt.Errorf("%s: the host answers with a job instead of ranges", method)
 	}
 	done, ok := o.number("ProcessedByteLength")
 	offs, ok1 := o.numbers("ChangedByteOffsets")
 	lens, ok2 := o.numbers("ChangedByteLengths")
 	switch {
 	case !ok || !ok1 || !ok2:
-		return out, 0, fmt.Errorf("%s: the host's answer is not complete", method)
+		return out, 0, 0, fmt.Errorf("%s: the host's answer is not complete", method)
 	case done <= 0:
-		return out, 0, fmt.Errorf("%s: the host looked at %d of %d bytes at %d", method, done, n, off)
+		return out, 0, 0, fmt.Errorf("%s: the host looked at %d of %d bytes at %d", method, done, n, off)
 	case len(offs) != len(lens):
-		return out, 0, fmt.Errorf("%s: %d offsets and %d lengths", method, len(offs), len(lens))
+		return out, 0, 0, fmt.Errorf("%s: %d offsets and %d lengths", method, len(offs), len(lens))
 	}
 	done = min(done, n)
 	window := extent.Extent{Off: off, Len: done}
 	for i := range offs {
 		if offs[i] < 0 || lens[i] <= 0 || offs[i] > math.MaxInt64-lens[i] {
-			return out, 0, fmt.Errorf("%s: a range of %d bytes at %d", method, lens[i], offs[i])
+			return out, 0, 0, fmt.Errorf("%s: a range of %d bytes at %d", method, lens[i], offs[i])
 		}
 		e := extent.Extent{Off: offs[i], Len: lens[i]}
 		if e.Intersect(extent.Extent{Off: off, Len: n}).Len <= 0 {
-			return out, 0, fmt.Errorf("%s: asked for %d bytes at %d, the host names %d at %d", method, n, off, lens[i], offs[i])
+			return out, 0, 0, fmt.Errorf("%s: asked for %d bytes at %d, the host names %d at %d", method, n, off, lens[i], offs[i])
 		}
 		out.Add(e.Intersect(window))
 	}
-	return out, done, nil
+	return out, len(offs), done, nil
 }

@@ -58,12 +58,12 @@ func (d *Driver) waitMerge(ctx context.Context, s system, now wsman.Ref, deltas 
 	}
 	until, said := time.Now().Add(most), time.Now()
 	for wait := d.poll / 16; ; wait = min(2*wait, d.watchTime) {
-		drives, _, err := d.drives(ctx, now)
+		files, err := d.sources(ctx, now)
 		if errors.Is(err, fault.ErrNotFound) {
 			return nil // the VM is gone
 		}
-		merging := slices.ContainsFunc(drives, func(e drive) bool {
-			return slices.ContainsFunc(deltas, func(file string) bool { return strings.EqualFold(file, e.Source) })
+		merging := slices.ContainsFunc(files, func(file string) bool {
+			return slices.ContainsFunc(deltas, func(delta string) bool { return strings.EqualFold(delta, file) })
 		})
 		if err == nil && !merging {
 			return nil
