@@ -29,8 +29,12 @@ func wsmanFault(code uint32, message string) string {
 	return fmt.Sprintf(`<f:WSManFault xmlns:f="http://schemas.microsoft.com/wbem/wsman/1/wsmanfault" Code="%d" Machine="HV01"><f:Message>%s</f:Message></f:WSManFault>`, code, message)
 }
 
+func wmiStatus(code uint32) string {
+	return fmt.Sprintf(`<p:__ExtendedStatus xmlns:p="http://schemas.microsoft.com/wbem/wsman/1/wmi/root/wmi/__ExtendedStatus"><p:StatusCode>%d</p:StatusCode></p:__ExtendedStatus>`, code)
+}
+
 func TestFaultsHaveTheirClass(t *testing.T) {
-	classes := []error{fault.ErrDenied, fault.ErrNotFound, fault.ErrUnsupported, ErrEnvelope, ErrTimedOut, ErrBusy}
+	classes := []error{fault.ErrDenied, fault.ErrNotFound, ErrNoClass, fault.ErrUnsupported, ErrEnvelope, ErrTimedOut, ErrBusy}
 	faultDetail := func(s string) string {
 		return `<wsman:FaultDetail>http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/` + s + `</wsman:FaultDetail>`
 	}
@@ -43,8 +47,18 @@ func TestFaultsHaveTheirClass(t *testing.T) {
 			Fault{Subcode: "AccessDenied", Code: 5, Machine: "HV01", Reason: "Access is denied."}},
 		{"no such instance", faultBody("wsman:InvalidSelectors", faultDetail("UnexpectedSelectors")+wsmanFault(0x8033805b, "not there")), fault.ErrNotFound,
 			Fault{Subcode: "InvalidSelectors", Code: 0x8033805b, Machine: "HV01", Reason: "not there", Detail: "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/UnexpectedSelectors"}},
-		{"no such class", faultBody("a:DestinationUnreachable", faultDetail("InvalidResourceURI")+wsmanFault(0x80338000, `<f:ProviderFault xmlns:f="http://schemas.microsoft.com/wbem/wsman/1/wsmanfault" provider="WMI Provider" path="x.dll"><f:WSManFault Code="2150858752" Machine="HV01"><f:Message>cannot find the resource</f:Message></f:WSManFault></f:ProviderFault>`)), fault.ErrNotFound,
+		{"no such resource, of which this host does not say more", faultBody("a:DestinationUnreachable", faultDetail("InvalidResourceURI")+wsmanFault(0x80338000, `<f:ProviderFault xmlns:f="http://schemas.microsoft.com/wbem/wsman/1/wsmanfault" provider="WMI Provider" path="x.dll"><f:WSManFault Code="2150858752" Machine="HV01"><f:Message>cannot find the resource</f:Message></f:WSManFault></f:ProviderFault>`)), fault.ErrNotFound,
 			Fault{Subcode: "DestinationUnreachable", Code: 0x80338000, Machine: "HV01", Reason: "cannot find the resource", Detail: "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/InvalidResourceURI"}},
+		{"no such class", faultBody("a:DestinationUnreachable", faultDetail("InvalidResourceURI")+wsmanFault(0x80338012, "")+wmiStatus(0x80041010)), ErrNoClass,
+			Fault{Subcode: "DestinationUnreachable", Code: 0x80338012, WMI: 0x80041010, Machine: "HV01", Reason: "The reason of SOAP.", Detail: "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/InvalidResourceURI"}},
+		{"no such namespace, as of WMI that restarts", faultBody("w:InvalidSelectors", wsmanFault(2150859010, "")+wmiStatus(0x8004100e)), ErrNoClass,
+			Fault{Subcode: "InvalidSelectors", Code: 2150859010, WMI: 0x8004100e, Machine: "HV01", Reason: "The reason of SOAP."}},
+		{"no such resource URI", faultBody("a:DestinationUnreachable", faultDetail("InvalidResourceURI")), ErrNoClass,
+			Fault{Subcode: "DestinationUnreachable", Reason: "The reason of SOAP.", Detail: "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/InvalidResourceURI"}},
+		{"keys that the class has not", faultBody("w:InvalidSelectors", faultDetail("UnexpectedSelectors")), nil,
+			Fault{Subcode: "InvalidSelectors", Reason: "The reason of SOAP.", Detail: "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/UnexpectedSelectors"}},
+		{"WMI fails otherwise", faultBody("w:InvalidSelectors", wmiStatus(0x80041001)), nil,
+			Fault{Subcode: "InvalidSelectors", WMI: 0x80041001, Reason: "The reason of SOAP."}},
 		{"WMI says not found", faultBody("w:InternalError", `<p:MSFT_WmiError xmlns:p="http://schemas.microsoft.com/wbem/wsman/1/wmi/root/cimv2/MSFT_WmiError"><p:CIMStatusCode>6</p:CIMStatusCode><p:Message>Not found </p:Message><p:MessageID>HRESULT 0x80041002</p:MessageID></p:MSFT_WmiError>`), fault.ErrNotFound,
 			Fault{Subcode: "InternalError", WMI: 0x80041002, Reason: "Not found"}},
 		{"WMI's extended status", faultBody("w:InternalError", wsmanFault(2150859010, `<f:ProviderFault provider="WMI Provider"><f:WSManFault Code="2150859010" Machine="HV01"><f:Message>could not. </f:Message></f:WSManFault><f:ExtendedError><p:__ExtendedStatus xmlns:p="http://schemas.microsoft.com/wbem/wsman/1/wmi/root/wmi/__ExtendedStatus"><p:Description>code: 4200

@@ -25,6 +25,11 @@ var (
 	// quota reached, a service that starts. Try later.
 	ErrBusy = errors.New("the host is busy")
 
+	// ErrNoClass is the class of a host that knows the class or the namespace
+	// not: it never had it, or its provider is not there at present. It says
+	// nothing of whether an instance exists.
+	ErrNoClass = errors.New("no such class or namespace")
+
 	// ErrProtocol is the class of every answer that is not WS-Management, or
 	// not the answer to what was asked.
 	ErrProtocol = errors.New("not a WS-Management answer")
@@ -32,7 +37,7 @@ var (
 
 // A Fault is what a host answers to a request that it refuses or cannot
 // fulfil. Its classes are fault.ErrDenied, fault.ErrNotFound,
-// fault.ErrUnsupported, ErrEnvelope, ErrTimedOut and ErrBusy.
+// fault.ErrUnsupported, ErrNoClass, ErrEnvelope, ErrTimedOut and ErrBusy.
 type Fault struct {
 	Subcode string // without prefix: "AccessDenied", "InvalidSelectors"
 	Detail  string // the URI of a further detail, or empty
@@ -60,9 +65,8 @@ func (f *Fault) Error() string {
 	return b.String()
 }
 
-// The numbers of one class. Subcodes alone are too coarse: a missing instance
-// is InvalidSelectors from one provider and DestinationUnreachable from the
-// next, and EncodingLimit is a matter of envelopes or of selectors.
+// The numbers of one class. Subcodes alone are too coarse: EncodingLimit is a
+// matter of envelopes or of selectors.
 var faultClasses = []struct {
 	class    error
 	subcodes []string
@@ -70,9 +74,6 @@ var faultClasses = []struct {
 	wmi      []uint32
 }{
 	{fault.ErrDenied, []string{"AccessDenied"}, []uint32{5}, []uint32{0x80041003}},
-	{fault.ErrNotFound, []string{"InvalidSelectors", "DestinationUnreachable"},
-		[]uint32{0x80338000, 0x80338012, 0x8033803b, 0x8033803d, 0x8033805b},
-		[]uint32{0x80041002, 0x8004100e, 0x80041010}},
 	{ErrEnvelope, nil, []uint32{0x80338026, 0x80338047, 0x80338048, 0x80338049}, nil},
 	{ErrTimedOut, []string{"TimedOut"}, []uint32{0x80338029, 0x8033801c}, []uint32{0x80041069}},
 	{ErrBusy, []string{"QuotaLimit", "Concurrency", "EndpointUnavailable"}, []uint32{0x80338014}, []uint32{0x80041045, 0x8004106c}},
@@ -80,8 +81,47 @@ var faultClasses = []struct {
 		nil, []uint32{0x8004100c}},
 }
 
+// What WMI says of what is not there.
+const (
+	wmiNotFound         = 0x80041002
+	wmiInvalidNamespace = 0x8004100e
+	wmiInvalidClass     = 0x80041010
+)
+
+// missing is fault.ErrNotFound of an instance that is not there, ErrNoClass of
+// a class, nil of a fault of another kind. WMI's word counts most. Selectors
+// that do not fit the class say nothing of an instance.
+func (f *Fault) missing() error {
+	switch f.WMI {
+	case wmiNotFound:
+		return fault.ErrNotFound
+	case wmiInvalidNamespace, wmiInvalidClass:
+		return ErrNoClass
+	case 0:
+	default:
+		return nil
+	}
+	switch f.Code {
+	case 0x80338000, 0x8033805b: // resource, shell not found
+		return fault.ErrNotFound
+	case 0x80338012, 0x8033803b: // unreachable, no such resource URI
+		return ErrNoClass
+	}
+	detail := f.Detail[strings.LastIndexByte(f.Detail, '/')+1:]
+	switch {
+	case f.Subcode == "DestinationUnreachable":
+		return ErrNoClass
+	case f.Subcode == "InvalidSelectors" && (detail == "" || detail == "InvalidValue"):
+		return fault.ErrNotFound
+	}
+	return nil
+}
+
 // Is says to which classes the fault belongs.
 func (f *Fault) Is(target error) bool {
+	if target == fault.ErrNotFound || target == ErrNoClass {
+		return f.missing() == target
+	}
 	if target == ErrEnvelope && f.Subcode == "EncodingLimit" && strings.Contains(f.Detail, "Envelope") {
 		return true
 	}

@@ -69,7 +69,7 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 	if o.Consistency == "" {
 		o.Consistency = vm.PreferApplication
 	}
-	host, list, err := d.systems(ctx)
+	host, list, err := d.look(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -156,7 +156,7 @@ func (b *beginning) session(ctx context.Context, list []system) (s *session, err
 		return nil, err
 	}
 	b.t = d.target(b.sys, b.prefix, b.run)
-	b.entry = journal.Entry{Kind: kindCheckpoint, Name: id, Data: map[string]string{dataHost: d.hostKey(), dataRepo: b.prefix}}
+	b.entry = d.entry(kindCheckpoint, id, b.prefix)
 	if b.now, err = d.present(ctx, b.sys); err != nil {
 		return nil, err
 	}
@@ -399,13 +399,13 @@ func (b *beginning) bases(ctx context.Context) (map[string]reference, error) {
 	}
 	for _, r := range runs {
 		for _, e := range r.Open() {
-			if e.Kind != kindReference || e.Data[dataRepo] != b.prefix || e.Data[dataHost] != b.d.hostKey() || !b.named[e.Data[dataRun]] {
+			if e.Kind != kindReference || e.Data[dataRepo] != b.prefix || !b.named[e.Data[dataRun]] {
 				continue
 			}
 			in, err := b.d.Get(ctx, instance(classReference, e.Name))
 			base := reference{id: e.Name}
 			switch {
-			case errors.Is(err, fault.ErrNotFound):
+			case errors.Is(err, fault.ErrNotFound) && b.t.onHost(ctx) == nil:
 				base.missing = true
 			case err != nil:
 				return nil, fmt.Errorf("read a reference point: %w", err)

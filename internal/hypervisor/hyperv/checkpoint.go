@@ -22,7 +22,8 @@ const (
 
 // What an entry says besides.
 const (
-	dataHost      = "host"      // URL of the host, without secrets
+	dataHost      = "host"      // of the source's URL
+	dataNode      = "node"      // as that host called itself
 	dataRepo      = "repo"      // prefix of the repository's names
 	dataRun       = "run"       // of a reference point: which run made it
 	dataType      = "type"      // of checkpoint: VirtualSystemType
@@ -32,6 +33,7 @@ const (
 	dataDurable   = "durable"   // the restore point is: never destroy, convert
 	dataRefBefore = "refbefore" // ids of the reference points before converting, a line each
 	dataRefJob    = "refjob"    // path of the job that converts it
+	dataGone      = "gone"      // it was said that the host does not have the VM any more
 )
 
 // Kinds of checkpoint, as CreateSnapshot numbers them.
@@ -57,6 +59,9 @@ type target struct {
 	system
 	run    *journal.Run
 	prefix string
+	// reaping says that run is a dead one. What is new since then may be
+	// anybody's, whatever became of the dead run's job.
+	reaping bool
 	// settleTime is how long a job of a run that died, or of one that is
 	// cancelled, is waited for.
 	settleTime time.Duration
@@ -108,7 +113,7 @@ func (t *target) checkpoint(ctx context.Context, e journal.Entry, level uint8) (
 		return s, nil, errors.Join(err, t.run.Done(e.Kind, e.Name))
 	}
 	if err != nil {
-		return s, nil, err
+		return s, nil, err // the entry stays: something may have been made
 	}
 	if job.Class != "" {
 		e.Data[dataJob] = job.String()
@@ -138,18 +143,24 @@ func (t *target) checkpoint(ctx context.Context, e journal.Entry, level uint8) (
 	return s, warning, nil
 }
 
-// neverBegan says whether a call surely did nothing: the host said no, or was
-// not reached.
+// neverBegan says whether a call surely made nothing: the host was not reached,
+// or refused before it began. A host that failed later may have made it.
 func neverBegan(err error) bool {
 	var code *ReturnError
 	var refused *wsman.Fault
 	var cut *wsman.ConnectionError
 	var who *wsman.SignInError
 	switch {
-	case errors.As(err, &code), errors.As(err, &who):
+	case errors.As(err, &who):
 		return true
+	case errors.As(err, &code):
+		return code.refused()
 	case errors.As(err, &refused):
-		return !errors.Is(err, wsman.ErrTimedOut)
+		switch refused.Subcode {
+		case "AccessDenied", "SchemaValidationError", "InvalidSelectors", "InvalidBody", "ActionNotSupported":
+			return true
+		}
+		return errors.Is(err, fault.ErrDenied)
 	}
 	return errors.As(err, &cut) && !cut.Sent
 }
@@ -172,8 +183,45 @@ func (e *UnknownError) Error() string {
 // errNoCheckpoint says that there is no checkpoint of an entry, or no more.
 var errNoCheckpoint = fmt.Errorf("no checkpoint was made: %w", fault.ErrNotFound)
 
+// errElsewhere says that the host does not have the VM, or not any more.
+var errElsewhere = fmt.Errorf("the VM is not on this host any more: %w", fault.ErrNotFound)
+
+// onHost fails unless the host has the VM. Of a VM that it has not, it says
+// nothing else either, and a host whose management restarts has none at all.
+func (t *target) onHost(ctx context.Context) error {
+	_, err := t.Get(ctx, t.ref)
+	if errors.Is(err, fault.ErrNotFound) {
+		return errElsewhere
+	}
+	return err
+}
+
+// none is errNoCheckpoint where the host's list of checkpoints can be believed.
+func (t *target) none(ctx context.Context) error {
+	if err := t.onHost(ctx); err != nil {
+		return err
+	}
+	return errNoCheckpoint
+}
+
+// gone says whether the host has the VM and surely not, or no more, what p
+// names.
+func (t *target) gone(ctx context.Context, p wsman.Ref) bool {
+	_, err := t.Get(ctx, p)
+	return errors.Is(err, fault.ErrNotFound) && t.onHost(ctx) == nil
+}
+
+// has says whether the host has the checkpoint of an entry, by its id or by our
+// name.
+func (t *target) has(ctx context.Context, e journal.Entry) (bool, error) {
+	have, err := t.checkpoints(ctx, t.system, e.Data[dataType])
+	return slices.ContainsFunc(have, func(s settings) bool {
+		return strings.EqualFold(s.id, e.Data[dataID]) || s.text("ElementName") == t.prefix+e.Name
+	}), err
+}
+
 // find is the checkpoint that e is about: that which the host says our job
-// made, or that which has our name. If the job is known to have made one, it is
+// made, or that which has our name. If this run's job has just made one, it is
 // the only one that is new.
 func (t *target) find(ctx context.Context, e journal.Entry, sure bool) (settings, error) {
 	have, err := t.checkpoints(ctx, t.system, e.Data[dataType])
@@ -191,7 +239,7 @@ func (t *target) find(ctx context.Context, e journal.Entry, sure bool) (settings
 		if s, ok := byID(id); ok {
 			return s, nil
 		}
-		return settings{}, errNoCheckpoint
+		return settings{}, t.none(ctx)
 	}
 	for _, s := range have {
 		if s.text("ElementName") == t.prefix+e.Name {
@@ -217,7 +265,7 @@ func (t *target) find(ctx context.Context, e journal.Entry, sure bool) (settings
 	})
 	switch {
 	case len(fresh) == 0:
-		return settings{}, errNoCheckpoint
+		return settings{}, t.none(ctx)
 	case len(fresh) == 1 && sure:
 		return fresh[0], nil
 	}
@@ -234,7 +282,7 @@ func (t *target) settle(ctx context.Context, e journal.Entry) (settings, error) 
 		if waiting.Err() != nil {
 			return settings{}, err
 		}
-		sure = err == nil || warned(err)
+		sure = !t.reaping && (err == nil || warned(err))
 	}
 	return t.find(ctx, e, sure)
 }
@@ -244,6 +292,9 @@ func (t *target) settle(ctx context.Context, e journal.Entry) (settings, error) 
 func (t *target) drop(ctx context.Context, e journal.Entry) (what string, err error) {
 	s, err := t.settle(ctx, e)
 	if errors.Is(err, errNoCheckpoint) {
+		if !t.reaping && e.Data[dataJob] == "" && e.Data[dataID] == "" {
+			return "", nil // the host may be about to make it: the next run looks again
+		}
 		return "", t.run.Done(e.Kind, e.Name)
 	}
 	if err != nil {
@@ -253,10 +304,8 @@ func (t *target) drop(ctx context.Context, e journal.Entry) (what string, err er
 		_, err := t.do(ctx, familyCIM, service(classSnapshots), "DestroySnapshot", wsman.Arg("AffectedSnapshot", wsman.Of(s.ref)))
 		return err
 	})
-	if err != nil && !warned(err) {
-		if _, e := t.Get(ctx, s.ref); !errors.Is(e, fault.ErrNotFound) {
-			return "", err
-		}
+	if err != nil && !warned(err) && !t.gone(ctx, s.ref) {
+		return "", err
 	}
 	return "destroyed checkpoint " + s.text("ElementName"), t.run.Done(e.Kind, e.Name)
 }
@@ -276,17 +325,12 @@ func (t *target) references(ctx context.Context) (out []string, err error) {
 // convert makes a reference point of the checkpoint of an entry, whose restore
 // point is durable. It can be begun again wherever it was cut off.
 func (t *target) convert(ctx context.Context, e journal.Entry) (what string, err error) {
-	if _, begun := e.Data[dataRefBefore]; !begun {
-		before, err := t.references(ctx)
-		if err != nil {
-			return "", err
-		}
-		e.Data[dataDurable], e.Data[dataRefBefore] = "yes", strings.Join(before, "\n")
+	if e.Data[dataDurable] == "" {
+		e.Data[dataDurable] = "yes"
 		if err := t.run.Note(e); err != nil {
 			return "", err
 		}
 	}
-	sure := false
 	if job := parseRef(e.Data[dataRefJob]); job.Class != "" {
 		// What an earlier run began may still go on.
 		waiting, cancel := context.WithTimeout(ctx, t.settleTime)
@@ -295,28 +339,24 @@ func (t *target) convert(ctx context.Context, e journal.Entry) (what string, err
 		if waiting.Err() != nil {
 			return "", err
 		}
-		sure = err == nil || warned(err)
 	}
 	var made wsman.Ref
+	var fresh []string
 	s, err := t.find(ctx, e, false)
 	switch {
 	case errors.Is(err, errNoCheckpoint):
-	case err != nil:
-		return "", err
-	default:
-		if made, err = t.toReference(ctx, e, s); err != nil {
-			return "", err
-		}
-		sure = true
+		// It was converted already, or somebody deleted it. What is new since
+		// then may be anybody's, unless the host says that it is ours.
+		made, fresh, err = t.newReference(ctx, e, false)
+	case err == nil:
+		made, fresh, err = t.toReference(ctx, e, s)
 	}
-	if made.Class == "" && sure {
-		if made, err = t.newReference(ctx, e); err != nil {
-			return "", err
-		}
+	if err != nil {
+		return "", err
 	}
 	if made.Class != "" {
 		err = t.run.Note(journal.Entry{Kind: kindReference, Name: made.Key("InstanceID"),
-			Data: map[string]string{dataHost: e.Data[dataHost], dataRepo: e.Data[dataRepo], dataRun: e.Name}})
+			Data: map[string]string{dataHost: e.Data[dataHost], dataNode: e.Data[dataNode], dataRepo: e.Data[dataRepo], dataRun: e.Name}})
 		if err != nil {
 			return "", err
 		}
@@ -324,13 +364,27 @@ func (t *target) convert(ctx context.Context, e journal.Entry) (what string, err
 	if err := t.run.Done(e.Kind, e.Name); err != nil {
 		return "", err
 	}
-	if made.Class == "" {
-		return "", fmt.Errorf("the host does not say which reference point it made, so that the next backup reads everything")
+	switch {
+	case made.Class != "":
+		return "converted checkpoint " + e.Name + " into a reference point", nil
+	case len(fresh) > 0:
+		return "", fmt.Errorf("the host does not say which reference point it made, so that the next backup reads everything; new since then, and left alone: %s", strings.Join(fresh, ", "))
 	}
-	return "converted checkpoint " + e.Name + " into a reference point", nil
+	return "", fmt.Errorf("checkpoint %s is gone and there is no reference point of it, so that the next backup reads everything", e.Name)
 }
 
-func (t *target) toReference(ctx context.Context, e journal.Entry, s settings) (made wsman.Ref, err error) {
+// toReference converts a checkpoint that is there, and gives what newReference
+// does.
+func (t *target) toReference(ctx context.Context, e journal.Entry, s settings) (made wsman.Ref, fresh []string, err error) {
+	before, err := t.references(ctx)
+	if err != nil {
+		return made, nil, err
+	}
+	e.Data[dataRefBefore] = strings.Join(before, "\n")
+	delete(e.Data, dataRefJob)
+	if err := t.run.Note(e); err != nil {
+		return made, nil, err
+	}
 	var out object
 	err = t.patiently(ctx, func() error {
 		var job wsman.Ref
@@ -347,49 +401,64 @@ func (t *target) toReference(ctx context.Context, e journal.Entry, s settings) (
 		return t.wait(ctx, "ConvertToReferencePoint", job)
 	})
 	if err != nil && !warned(err) {
-		return made, err
+		return made, nil, err
 	}
-	return out.ref("ResultingReferencePoint"), nil
+	if made = out.ref("ResultingReferencePoint"); made.Class != "" {
+		return made, nil, nil
+	}
+	return t.newReference(ctx, e, true)
 }
 
-// newReference is the reference point that the host says our job made, or the
-// only one that is new; none where there are none or several. One that another
-// product made is of another moment, and to take it for ours would miss writes.
-func (t *target) newReference(ctx context.Context, e journal.Entry) (none wsman.Ref, err error) {
+// newReference is the reference point that the host says our job made; if it
+// has surely just made one, the only one that is new. Where it is none of them,
+// fresh are those that are new. One that another product made is of another
+// moment, and to take it for ours would miss writes.
+func (t *target) newReference(ctx context.Context, e journal.Entry, sure bool) (made wsman.Ref, fresh []string, err error) {
+	told := false
 	if job := parseRef(e.Data[dataRefJob]); job.Class != "" {
-		made, err := t.made(ctx, job, classReference)
+		rows, err := t.made(ctx, job, classReference)
 		if err != nil {
-			return none, err
+			return made, nil, err
 		}
-		if len(made) == 1 {
-			return made[0], nil
+		if len(rows) == 1 {
+			return rows[0], nil, nil
 		}
+		told = len(rows) > 0
 	}
-	now, err := t.references(ctx)
+	if _, begun := e.Data[dataRefBefore]; !begun {
+		return made, nil, nil // it was never asked for
+	}
+	fresh, err = t.references(ctx)
 	if err != nil {
-		return none, err
+		return made, nil, err
 	}
 	before := lines(e.Data[dataRefBefore])
-	now = slices.DeleteFunc(now, func(id string) bool { return slices.Contains(before, id) })
-	if len(now) != 1 {
-		return none, nil
+	fresh = slices.DeleteFunc(fresh, func(id string) bool { return slices.Contains(before, id) })
+	if len(fresh) == 1 && sure && !told {
+		return instance(classReference, fresh[0]), nil, nil
 	}
-	return instance(classReference, now[0]), nil
+	return made, fresh, nil
 }
 
 // forget destroys a reference point of ours and strikes it off.
 func (t *target) forget(ctx context.Context, run *journal.Run, e journal.Entry) error {
-	p := instance(classReference, e.Name)
+	if err := t.destroyReference(ctx, e.Name); err != nil {
+		return err
+	}
+	return run.Done(e.Kind, e.Name)
+}
+
+// destroyReference is done, too, where there is none of that id.
+func (t *target) destroyReference(ctx context.Context, id string) error {
+	p := instance(classReference, id)
 	err := t.patiently(ctx, func() error {
 		_, err := t.do(ctx, familyCIM, service(classReferences), "DestroyReferencePoint", wsman.Arg("AffectedReferencePoint", wsman.Of(p)))
 		return err
 	})
-	if err != nil && !warned(err) {
-		if _, e := t.Get(ctx, p); !errors.Is(e, fault.ErrNotFound) {
-			return fmt.Errorf("reference point %s: %w", p.Key("InstanceID"), err)
-		}
+	if err != nil && !warned(err) && !t.gone(ctx, p) {
+		return fmt.Errorf("reference point %s: %w", id, err)
 	}
-	return run.Done(e.Kind, e.Name)
+	return nil
 }
 
 // patiently does again what the host is too busy for.

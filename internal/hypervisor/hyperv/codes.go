@@ -72,6 +72,16 @@ func (e *ReturnError) Is(target error) bool {
 	return false
 }
 
+// refused says whether the method surely did nothing: the host did not take the
+// call. After "failed" and the like something may have been made.
+func (e *ReturnError) refused() bool {
+	switch e.Code {
+	case 1, 4, 5, 6, 32769, 32770, 32773, 32774, 32775, 32776, 32777:
+		return true
+	}
+	return false
+}
+
 // busy says whether the host may do it a moment later.
 func (e *ReturnError) busy() bool {
 	switch e.Code {

@@ -41,6 +41,7 @@ type Driver struct {
 	slots   chan struct{}
 	mu      sync.Mutex
 	volumes map[string]chan struct{}
+	node    string // as the host calls itself, "" before it was asked
 }
 
 var (
@@ -78,7 +79,7 @@ func (d *Driver) TracksOff() {}
 
 // List names all VMs, with one question.
 func (d *Driver) List(ctx context.Context) ([]vm.Machine, error) {
-	host, list, err := d.systems(ctx)
+	host, list, err := d.look(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -89,10 +90,39 @@ func (d *Driver) List(ctx context.Context) ([]vm.Machine, error) {
 	return out, nil
 }
 
+// look lists the VMs of the host, and remembers what it calls itself.
+func (d *Driver) look(ctx context.Context) (host string, list []system, err error) {
+	if host, list, err = d.systems(ctx); err == nil {
+		d.mu.Lock()
+		d.node = host
+		d.mu.Unlock()
+	}
+	return host, list, err
+}
+
+// nodeName is what the host calls itself, "" if it does not.
+func (d *Driver) nodeName() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.node
+}
+
+// entry begins a journal entry of something on this host.
+func (d *Driver) entry(kind, name, prefix string) journal.Entry {
+	return journal.Entry{Kind: kind, Name: name, Data: map[string]string{dataHost: d.hostKey(), dataNode: d.nodeName(), dataRepo: prefix}}
+}
+
+// made says whether an entry was made on this host, by whichever name the
+// source called it then.
+func (d *Driver) made(e journal.Entry) bool {
+	node := d.nodeName()
+	return e.Data[dataHost] == d.hostKey() || node != "" && strings.EqualFold(e.Data[dataNode], node)
+}
+
 // Machines lists all VMs with their disks. A disk whose size the host doesn't
 // tell has the size 0.
 func (d *Driver) Machines(ctx context.Context) ([]vm.Machine, error) {
-	host, list, err := d.systems(ctx)
+	host, list, err := d.look(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -176,53 +206,6 @@ func (d *Driver) openJournal() (*journal.Journal, error) {
 
 func (d *Driver) target(s system, prefix string, run *journal.Run) *target {
 	return &target{client: d.client, system: s, run: run, prefix: prefix, settleTime: d.settleTime, busyTime: d.busyTime}
-}
-
-// ResetTracking destroys the reference points of a VM that we made for one
-// repository. The next backup reads everything.
-func (d *Driver) ResetTracking(ctx context.Context, name, repoID string) error {
-	prefix, err := repoPrefix(repoID)
-	if err != nil {
-		return err
-	}
-	_, list, err := d.systems(ctx)
-	if err != nil {
-		return err
-	}
-	s, err := choose(list, name)
-	if err != nil {
-		return err
-	}
-	l, err := d.lock(ctx, s)
-	if err != nil {
-		return err
-	}
-	defer l.Unlock()
-	j, err := d.openJournal()
-	if err != nil {
-		return err
-	}
-	return d.dropReferences(ctx, j, s, prefix, "")
-}
-
-// dropReferences destroys our reference points of one repository but that of
-// the run keep.
-func (d *Driver) dropReferences(ctx context.Context, j *journal.Journal, s system, prefix, keep string) error {
-	runs, err := j.Runs(s.guid)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, r := range runs {
-		t := d.target(s, prefix, r)
-		for _, e := range r.Open() {
-			if e.Kind == kindReference && e.Data[dataRepo] == prefix && e.Data[dataHost] == d.hostKey() && e.Data[dataRun] != keep {
-				errs = append(errs, t.forget(ctx, r, e))
-			}
-		}
-		r.Close()
-	}
-	return errors.Join(errs...)
 }
 
 // slot waits for a place among the sessions of the host and of each volume,

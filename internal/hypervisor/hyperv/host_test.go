@@ -61,7 +61,9 @@ type fakeHost struct {
 	// answer. get likewise.
 	invoke func(method string, args map[string]wsman.Value) (*wsman.Instance, error)
 	get    func(ref wsman.Ref) (*wsman.Instance, error)
+	query  func(wql string) error // likewise, for errors alone
 	calls  []string
+	node   string // as it calls itself
 }
 
 type written struct{ seq, off, n int64 }
@@ -89,7 +91,7 @@ type fakeJob struct {
 
 func newFakeHost(t *testing.T) *fakeHost {
 	h := &fakeHost{t: t, dir: imagetest.MemoryDir(t), disk: make([]byte, diskSize), state: stateRunning, version: "9.0", modern: true,
-		vss: []uint16{2}, osName: "Windows Server 2022", jobs: map[string]*fakeJob{}, free: 100 << 30, rows: true}
+		vss: []uint16{2}, osName: "Windows Server 2022", jobs: map[string]*fakeJob{}, free: 100 << 30, rows: true, node: "HV01"}
 	w, err := vhdx.Create(filepath.Join(h.dir, "web01.vhdx"), image.CreateOptions{VirtualBytes: diskSize, BlockBytes: 1 << 20})
 	if err == nil {
 		err = w.Finish()
@@ -218,7 +220,7 @@ func (h *fakeHost) answer(wql string) (out []*wsman.Instance) {
 	defer h.mu.Unlock()
 	switch wql {
 	case "SELECT * FROM " + classSystem:
-		out = append(out, wsman.NewInstance(classSystem).Set("Name", wsman.Of("HV01")).Set("ElementName", wsman.Of("HV01")))
+		out = append(out, wsman.NewInstance(classSystem).Set("Name", wsman.Of(h.node)).Set("ElementName", wsman.Of(h.node)))
 		if !h.gone {
 			out = append(out, h.system(vmGUID, "web01"))
 		}
@@ -231,6 +233,8 @@ func (h *fakeHost) answer(wql string) (out []*wsman.Instance) {
 			out = append(out, wsman.NewInstance(classReferences))
 		}
 		return out
+	case "SELECT * FROM " + classSnapshots:
+		return append(out, wsman.NewInstance(classSnapshots))
 	case "SELECT * FROM " + classAffected:
 		for _, j := range h.jobs {
 			if j.ended && j.made.Class != "" && h.rows {
@@ -287,6 +291,12 @@ func (h *fakeHost) Query(ctx context.Context, wql string) iter.Seq2[*wsman.Insta
 		if ctx.Err() != nil {
 			yield(nil, ctx.Err())
 			return
+		}
+		if h.query != nil {
+			if err := h.query(wql); err != nil {
+				yield(nil, err)
+				return
+			}
 		}
 		for _, in := range h.answer(wql) {
 			if !yield(in, nil) {

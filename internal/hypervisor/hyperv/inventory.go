@@ -345,11 +345,23 @@ func (c *client) sizeOf(ctx context.Context, file string) int64 {
 }
 
 // hasReferencePoints is false for hosts before Windows Server 2016, which
-// don't know the class.
+// don't know the class. A host whose management restarts answers the same, but
+// not for what every host has.
 func (c *client) hasReferencePoints(ctx context.Context) (bool, error) {
-	list, err := c.query(ctx, "SELECT * FROM "+classReferences)
-	if errors.Is(err, fault.ErrNotFound) || errors.Is(err, fault.ErrUnsupported) {
-		return false, nil
+	for again := false; ; again = true {
+		list, err := c.query(ctx, "SELECT * FROM "+classReferences)
+		switch {
+		case errors.Is(err, wsman.ErrNoClass), errors.Is(err, fault.ErrNotFound), errors.Is(err, fault.ErrUnsupported):
+		case err != nil:
+			return false, fmt.Errorf("whether it has reference points: %w", err)
+		case len(list) > 0:
+			return true, nil
+		}
+		if again {
+			return false, nil
+		}
+		if list, err = c.query(ctx, "SELECT * FROM "+classSnapshots); err != nil || len(list) == 0 {
+			return false, errors.Join(errors.New("the host does not answer for its virtual machines at present"), err)
+		}
 	}
-	return len(list) > 0, err
 }

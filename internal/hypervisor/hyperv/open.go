@@ -44,7 +44,7 @@ func Open(ctx context.Context, o Options) (*Driver, error) {
 		return nil, err
 	}
 	d := newDriver(c, f, o)
-	host, _, err := d.systems(ctx)
+	host, _, err := d.look(ctx)
 	if err != nil {
 		d.Close()
 		return nil, fmt.Errorf("host %s: %w", a.host, err)

@@ -17,13 +17,21 @@ const reapOthersTime = 15 * time.Second
 
 // settleRun clears away the checkpoint that a dead run left. One whose restore
 // point is durable, or that was made for another repository and may be, becomes
-// a reference point: that gives the space back, too, and loses nothing.
+// a reference point: that gives the space back, too, and loses nothing. What was
+// made on another host is left to that, unless it came here with the VM.
 func (d *Driver) settleRun(ctx context.Context, s system, r *journal.Run, prefix string, durable func(run string) bool) (done []string, err error) {
 	for _, e := range r.Open() {
-		if e.Kind != kindCheckpoint || e.Data[dataHost] != d.hostKey() {
+		if e.Kind != kindCheckpoint {
 			continue
 		}
 		t := d.target(s, e.Data[dataRepo], r)
+		t.reaping = true
+		if !d.made(e) {
+			if here, one := t.has(ctx, e); !here {
+				err = errors.Join(err, one)
+				continue
+			}
+		}
 		var what string
 		var one error
 		switch {
@@ -98,7 +106,7 @@ func (b *beginning) reapOther(ctx context.Context, other system, gone bool) {
 	ours := false
 	for _, r := range runs {
 		for _, e := range r.Open() {
-			ours = ours || e.Data[dataHost] == b.d.hostKey() && (gone || e.Kind == kindCheckpoint)
+			ours = ours || e.Kind == kindCheckpoint && (!gone || b.d.made(e) && e.Data[dataGone] == "")
 		}
 	}
 	if !ours {
@@ -114,16 +122,7 @@ func (b *beginning) reapOther(ctx context.Context, other system, gone bool) {
 	}
 	for _, r := range runs {
 		if gone {
-			// It moved to another host or was deleted: what is left is not
-			// here. Whoever sees it there finds it by its name.
-			for _, e := range r.Open() {
-				if e.Data[dataHost] == b.d.hostKey() && e.Kind == kindCheckpoint {
-					b.warn("VM %s is not on this host any more; if it moved with a checkpoint %s%s, that is to be deleted by hand", other.name, e.Data[dataRepo], e.Name)
-				}
-				if e.Data[dataHost] == b.d.hostKey() {
-					r.Done(e.Kind, e.Name)
-				}
-			}
+			b.sayGone(other, r)
 			r.Close()
 			continue
 		}
@@ -135,6 +134,21 @@ func (b *beginning) reapOther(ctx context.Context, other system, gone bool) {
 		}
 		if err != nil && ctx.Err() == nil {
 			b.warn("clean up after an interrupted run of VM %s: %v", other.name, err)
+		}
+	}
+}
+
+// sayGone says, once, that a VM went away with a checkpoint. Its entries stay:
+// if it was moved, a backup of it where it is now needs them, and if it was
+// deleted, they cost nothing.
+func (b *beginning) sayGone(other system, r *journal.Run) {
+	for _, e := range r.Open() {
+		if e.Kind != kindCheckpoint || !b.d.made(e) || e.Data[dataGone] != "" {
+			continue
+		}
+		e.Data[dataGone] = "yes"
+		if r.Note(e) == nil {
+			b.warn("VM %s is not on this host any more; if it moved with a checkpoint %s%s, its next backup removes that", other.name, e.Data[dataRepo], e.Name)
 		}
 	}
 }

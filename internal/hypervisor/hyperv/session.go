@@ -58,8 +58,11 @@ func (s *session) Check(ctx context.Context) error {
 	}
 	_, err := s.d.Get(ctx, s.frozen.ref)
 	if errors.Is(err, fault.ErrNotFound) {
-		if _, e := s.d.Get(ctx, s.sys.ref); errors.Is(e, fault.ErrNotFound) {
+		switch e := s.t.onHost(ctx); {
+		case errors.Is(e, errElsewhere):
 			return fmt.Errorf("VM %q was deleted, or moved to another host, while it was read: %w", s.sys.name, fault.ErrNotFound)
+		case e != nil:
+			return e
 		}
 		return fmt.Errorf("VM %q: somebody deleted its checkpoint while it was read: %w", s.sys.name, err)
 	}
@@ -118,7 +121,9 @@ func (s *session) finish(ctx context.Context, commit bool) error {
 		_, err = s.t.drop(ending, s.entry)
 		err = errors.Join(err, s.d.dropReferences(ending, s.journal, s.sys, s.prefix, ""))
 	default:
-		_, err = s.t.drop(ending, s.entry)
+		if _, err = s.t.drop(ending, s.entry); errors.Is(err, errElsewhere) {
+			err = nil // it went with the VM; the journal has it, should the VM be anywhere
+		}
 	}
 	if err == nil {
 		// A restore point is done, and whoever waits for it sees how the merge

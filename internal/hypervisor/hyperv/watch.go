@@ -60,7 +60,7 @@ func (d *Driver) waitMerge(ctx context.Context, s system, now wsman.Ref, deltas 
 	for wait := d.poll / 16; ; wait = min(2*wait, d.watchTime) {
 		files, err := d.sources(ctx, now)
 		if errors.Is(err, fault.ErrNotFound) {
-			return nil // the VM is gone
+			return nil // the VM is gone, or its settings are
 		}
 		merging := slices.ContainsFunc(files, func(file string) bool {
 			return slices.ContainsFunc(deltas, func(delta string) bool { return strings.EqualFold(delta, file) })
