@@ -44,6 +44,8 @@ soak: need-go ## what may go wrong seldom, for some hours: SEEDS=10000 simulatio
 	@echo "== the repository: every order of calls, every failing call, kills at any moment"
 	BACKSTAY_SOAK=1 BACKSTAY_SEEDS=$(or $(SEEDS),10000) $(GO) test -count=1 -v -timeout 12h -run '^(TestSimulation|TestKilledAtAnyMoment|TestEveryOperationBesideEveryOther|TestEveryCallFails)$$' ./internal/repo
 	BACKSTAY_SOAK=1 $(GO) test -count=1 -v -timeout 12h -run '^TestNothingIsLost$$' ./internal/repo/internal/fencing
+	@echo "== a Hyper-V host: a fault at every request"
+	BACKSTAY_SOAK=1 $(GO) test -count=1 -timeout 2h -run '^TestFaultAtEveryRequest$$' ./internal/hypervisor/hyperv
 	@echo "== the samples: the SHA-256 of every byte"
 	BACKSTAY_SOAK=1 $(GO) test -count=1 -timeout 2h -run '^TestSamples' ./internal/image/...
 	@echo "== in pure Go"

@@ -3,6 +3,7 @@ package hyperv
 import (
 	"context"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -42,6 +43,16 @@ type named struct {
 }
 
 func (f named) Name() string { return f.name }
+
+// ReadAt says of its errors that they are of the way to the file, and not of
+// what is in it.
+func (f named) ReadAt(p []byte, off int64) (int, error) {
+	n, err := f.File.ReadAt(p, off)
+	if err != nil && err != io.EOF {
+		err = &FilesError{err}
+	}
+	return n, err
+}
 
 func openNamed(ctx context.Context, fs files, name string) (image.File, error) {
 	f, err := fs.open(ctx, name)

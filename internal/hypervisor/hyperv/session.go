@@ -181,14 +181,14 @@ func (d *disk) ReadAt(p []byte, off int64) (int, error) {
 	if cause := d.s.failed(); cause != nil {
 		return n, cause
 	}
-	return n, fmt.Errorf("disk %s: %w", d.info.ID, err)
+	return n, err
 }
 
 // Data is what the frozen files hold.
 func (d *disk) Data(ctx context.Context, within extent.Extent) (out extent.Set, err error) {
 	for e, err := range d.img.Extents(ctx, d.clip(within)) {
 		if err != nil {
-			return extent.Set{}, fmt.Errorf("disk %s: %w", d.info.ID, err)
+			return extent.Set{}, err
 		}
 		if e.Kind == image.Data {
 			out.Add(e.Extent)
@@ -216,7 +216,7 @@ func (d *disk) Changed(ctx context.Context, within extent.Extent) (out extent.Se
 				if ctx.Err() != nil {
 					return extent.Set{}, context.Cause(ctx)
 				}
-				return extent.Set{}, fmt.Errorf("disk %s: %w: %w", d.info.ID, hypervisor.ErrTrackingLost, err)
+				return extent.Set{}, fmt.Errorf("%w: %w", hypervisor.ErrTrackingLost, err)
 			}
 		}
 		out = out.Union(d.answer.Within(within))

@@ -57,6 +57,7 @@ func (d *Driver) waitMerge(ctx context.Context, s system, now wsman.Ref, deltas 
 		return nil
 	}
 	until, said := time.Now().Add(most), time.Now()
+	var unreachable time.Time // since when
 	for wait := d.poll / 16; ; wait = min(2*wait, d.watchTime) {
 		files, err := d.sources(ctx, now)
 		if errors.Is(err, fault.ErrNotFound) {
@@ -65,13 +66,18 @@ func (d *Driver) waitMerge(ctx context.Context, s system, now wsman.Ref, deltas 
 		merging := slices.ContainsFunc(files, func(file string) bool {
 			return slices.ContainsFunc(deltas, func(delta string) bool { return strings.EqualFold(delta, file) })
 		})
-		if err == nil && !merging {
+		switch {
+		case err == nil && !merging:
 			return nil
+		case err == nil:
+			unreachable = time.Time{}
+		case unreachable.IsZero():
+			unreachable = time.Now()
+		}
+		if err != nil && (errors.Is(err, fault.ErrDenied) || time.Since(unreachable) > d.patience) {
+			return fmt.Errorf("whether the host has merged its disks, which it does by itself, is not known: %w", err)
 		}
 		if time.Now().After(until) {
-			if err != nil {
-				return fmt.Errorf("whether the host has merged its disks: %w", err)
-			}
 			return fmt.Errorf("the host has not merged its disks after %s, and goes on by itself", most)
 		}
 		if time.Since(said) > time.Minute {

@@ -57,11 +57,12 @@ type Trouble int
 // The kinds of trouble.
 const (
 	None         Trouble = iota
-	Drop                 // the connection ends without an answer
+	Drop                 // the connection ends without an answer, and nothing was done
 	Unauthorized         // 401: the host has forgotten who it was
 	HTML                 // 200 and a page of a proxy
 	Unavailable          // 503: the service restarts
 	Hang                 // no answer until the client gives up
+	DropAnswer           // the connection ends without an answer, and it was done
 )
 
 // Serve answers what comes in on l until ctx ends.
@@ -183,12 +184,19 @@ func (s *Server) serve(ctx context.Context, c *connection, w http.ResponseWriter
 	if f == nil && len(body) > s.limit() {
 		f = &Fault{Subcode: "w:EncodingLimit", Code: codeEnvelopeSize, Detail: detailMaxExceeded, Text: "The size of the request exceeds the configured MaxEnvelopeSize quota."}
 	}
-	if f == nil && s.trouble(ctx, c, w, s.Fault, r.action) {
+	spoilt := None
+	if f == nil && s.Fault != nil {
+		spoilt = s.Fault(r.action)
+	}
+	if s.trouble(ctx, c, w, spoilt) {
 		return 0, ""
 	}
 	action, content := "", ""
 	if f == nil {
 		action, content, f = s.dispatch(ctx, r)
+	}
+	if spoilt == DropAnswer {
+		panic(http.ErrAbortHandler)
 	}
 	if f == nil {
 		answer = envelope(action, newID(), r.messageID, content)
@@ -229,12 +237,9 @@ func (s *Server) identity() string {
 }
 
 // trouble spoils the request if it should be, and says so.
-func (s *Server) trouble(ctx context.Context, c *connection, w http.ResponseWriter, ask func(string) Trouble, action string) bool {
-	if ask == nil {
-		return false
-	}
-	switch ask(action) {
-	case None:
+func (s *Server) trouble(ctx context.Context, c *connection, w http.ResponseWriter, which Trouble) bool {
+	switch which {
+	case None, DropAnswer:
 		return false
 	case Unauthorized:
 		c.session, c.conversation = nil, nil
