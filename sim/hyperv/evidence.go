@@ -89,6 +89,17 @@ var Behaviours = []Behaviour{
 	{"system", "a Parent that is no path returns 32773", Source, "go-wsman's notes"},
 	{"system", "settings that cannot be changed are accepted and ignored", Source, "go-wsman's notes"},
 	{"system", "a VM that runs cannot be destroyed: 32775", Documented, "DestroySystem"},
+	{"cluster", "classes of root\\MSCluster with OwnerNode, State of nodes, GroupType 111 for VMs", Documented, "previous-versions/windows/desktop/cluswmi"},
+	{"cluster", "a VM's resource is of Type `Virtual Machine` and has its GUID in PrivateProperties.VmID", Source, "Windows Admin Center's and microsoft/wmi's queries"},
+	{"cluster", "WQL asks for PrivateProperties.VmID in WHERE", Source, "Windows Admin Center does"},
+	{"cluster", "an object within an instance comes as elements with a type of its own", Guess, "MS-WSMV shows embedded objects so; none of this class"},
+	{"cluster", "a host that is no node has no namespace root\\MSCluster: DestinationUnreachable with WMI's 0x8004100e", Guess, "WMI's code is documented, the fault around it is not"},
+	{"cluster", "a node lists its own VMs alone, and has a VM from the moment that it moved", Source, "backupzit asks every node and goes by the owner"},
+	{"cluster", "a VM moves with its checkpoint, and its files can be read on", Source, "backupzit 0.48.1 removes it on the new node, having read on"},
+	{"cluster", "reference points and RCT ids move along and go on", Guess, "RCT files lie beside the disks; nobody says"},
+	{"cluster", "a VM does not move while a job of it runs", Guess, ""},
+	{"cluster", "VMs of a node that goes down start on another, with checkpoints and tracking", Guess, ""},
+	{"cluster", "a node's jobs are known to that node alone", Guess, ""},
 }
 
 // Table is Behaviours as Markdown.

@@ -16,13 +16,14 @@ import (
 const (
 	Virtualization = "root/virtualization/v2"
 	CIMV2          = "root/cimv2"
+	MSCluster      = "root/MSCluster"
 )
 
 // A Field is a property of a class or a parameter of a method.
 type Field struct {
 	Name    string
-	Type    string // "uint16", "string", …, or "reference"
-	Of      string // of a reference: the class it leads to
+	Type    string // "uint16", "string", …, "reference" or "object"
+	Of      string // of a reference: the class it leads to; of an object: its own
 	Array   bool
 	Key     bool
 	In, Out bool // of a parameter
@@ -186,8 +187,8 @@ func parse(text string) ([]*Class, error) {
 
 func field(words []string, literal string) (Field, error) {
 	var f Field
-	if len(words) > 2 && words[0] == "ref" {
-		f.Type, f.Of, words = "reference", words[1], words[2:]
+	if kind := map[string]string{"ref": "reference", "object": "object"}[words[0]]; len(words) > 2 && kind != "" {
+		f.Type, f.Of, words = kind, words[1], words[2:]
 	} else if len(words) > 1 {
 		f.Type, words = words[0], words[1:]
 	} else {
@@ -204,7 +205,7 @@ func field(words []string, literal string) (Field, error) {
 			f.Default = append(f.Default, v)
 		}
 	}
-	if f.Type != "reference" && Lexical(f.Type, "") == errType {
+	if f.Of == "" && Lexical(f.Type, "") == errType {
 		return f, fmt.Errorf("type %s", f.Type)
 	}
 	return f, nil
@@ -229,7 +230,7 @@ func Lexical(typ, text string) error {
 		return err
 	}
 	switch typ {
-	case "string", "reference":
+	case "string", "reference", "object":
 		return nil
 	case "boolean":
 		if text != "true" && text != "false" {

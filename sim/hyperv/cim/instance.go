@@ -9,9 +9,10 @@ import (
 
 // A Value is what a property or a parameter holds. The zero Value is NULL.
 type Value struct {
-	Set   bool
-	Items []string // one, or those of an array, as text
-	Ref   *Ref     // of a reference
+	Set    bool
+	Items  []string  // one, or those of an array, as text
+	Ref    *Ref      // of a reference
+	Object *Instance // of an object
 }
 
 // Text is a value of one item.
@@ -27,6 +28,9 @@ func Bool(b bool) Value { return Text(strconv.FormatBool(b)) }
 
 // List is an array.
 func List(items ...string) Value { return Value{Set: true, Items: items} }
+
+// Holding is an object within another. It is not changed any more.
+func Holding(i *Instance) Value { return Value{Set: true, Object: i} }
 
 // To is a reference.
 func To(r Ref) Value { return Value{Set: true, Ref: &r} }
@@ -223,6 +227,12 @@ func Check(f Field, v Value) error {
 	if f.Type == "reference" && !f.Array {
 		if v.Ref == nil {
 			return fmt.Errorf("no reference")
+		}
+		return nil
+	}
+	if f.Type == "object" {
+		if v.Object == nil || !v.Object.Class.Is(f.Of) {
+			return fmt.Errorf("no object of %s", f.Of)
 		}
 		return nil
 	}

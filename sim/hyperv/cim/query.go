@@ -28,10 +28,11 @@ type Query struct {
 }
 
 type condition struct {
-	field Field
-	op    string
-	value string
-	null  bool
+	within string // the object that has field, "" for the instance itself
+	field  Field
+	op     string
+	value  string
+	null   bool
 }
 
 // ParseQuery reads a statement and checks it against the class table.
@@ -93,14 +94,20 @@ func (q *Query) parseSelect(p *queryParser) error {
 	}
 	for {
 		name := p.next()
-		f, ok := c.Property(name)
+		of, within := c, ""
+		if object, inner, ok := strings.Cut(name, "."); ok {
+			if f, ok := c.Property(object); ok && f.Type == "object" {
+				of, within, name = Lookup(q.Namespace, f.Of), f.Name, inner
+			}
+		}
+		f, ok := of.Property(name)
 		if !ok {
 			return fmt.Errorf("%w: %s has no property %q", ErrQuery, c.Name, name)
 		}
-		if f.Type == "reference" || f.Array {
+		if f.Of != "" || f.Array {
 			return fmt.Errorf("%w: %s.%s cannot be asked for", ErrQuery, c.Name, f.Name)
 		}
-		cond := condition{field: f, op: p.next()}
+		cond := condition{within: within, field: f, op: p.next()}
 		switch strings.ToLower(cond.op) {
 		case "=", "<>", "!=":
 			value := p.next()
@@ -216,7 +223,14 @@ func (q *Query) Run(s Source) []*Instance {
 
 func (q *Query) matches(inst *Instance) bool {
 	for _, c := range q.where {
-		v := inst.Get(c.field.Name)
+		of := inst
+		if c.within != "" {
+			of = inst.Get(c.within).Object
+		}
+		var v Value
+		if of != nil {
+			v = of.Get(c.field.Name)
+		}
 		equal := v.Set && strings.EqualFold(v.String(), c.value)
 		if c.null {
 			equal = !v.Set

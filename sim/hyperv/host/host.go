@@ -20,7 +20,10 @@ import (
 // Options say what kind of host it is. Zero values choose the usual.
 type Options struct {
 	// Dir holds the host's volumes: C:\VMs\a.vhdx is C/VMs/a.vhdx there.
-	Dir         string
+	Dir string
+	// Shared, where set, holds C:\ClusterStorage, and is the same for all nodes
+	// of a cluster.
+	Shared      string
 	Name        string        // "HV01"
 	Granule     int64         // of change tracking: 64 KiB
 	JobTime     time.Duration // how long a job takes: 50 ms
@@ -39,6 +42,7 @@ type Host struct {
 	trouble Trouble
 	running sync.WaitGroup
 	closed  bool
+	cluster *Cluster // nil if it is a node of none; not changed once it answers
 }
 
 // Trouble is what goes wrong on the host, by choice.
@@ -117,6 +121,9 @@ func (h *Host) SetTrouble(change func(*Trouble)) {
 func (h *Host) local(path string) string {
 	drive, rest, _ := strings.Cut(strings.TrimPrefix(path, `\\?\`), `:\`)
 	clean := filepath.Clean("/" + strings.ReplaceAll(rest, `\`, "/")) // nothing leads out of the volume
+	if below, ok := strings.CutPrefix(clean, "/ClusterStorage/"); ok && h.o.Shared != "" && strings.EqualFold(drive, "C") {
+		return filepath.Join(h.o.Shared, below)
+	}
 	return filepath.Join(h.o.Dir, strings.ToUpper(drive), clean)
 }
 

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/backstay/backstay/sim/hyperv/cim"
 	"github.com/backstay/backstay/sim/hyperv/wsman"
@@ -56,8 +57,6 @@ func (h *Host) Put(old, _ *cim.Instance) error {
 
 // Instances are those of a class and its subclasses.
 func (h *Host) Instances(namespace, class string) []*cim.Instance {
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	c := cim.Lookup(namespace, class)
 	var out []*cim.Instance
 	put := func(i *cim.Instance) {
@@ -65,6 +64,14 @@ func (h *Host) Instances(namespace, class string) []*cim.Instance {
 			out = append(out, i)
 		}
 	}
+	if strings.EqualFold(namespace, cim.MSCluster) {
+		if h.cluster != nil {
+			h.cluster.instances(put)
+		}
+		return out
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	if namespace == cim.CIMV2 {
 		h.system(put)
 		return out

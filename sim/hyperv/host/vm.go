@@ -32,9 +32,10 @@ type Spec struct {
 	ID      string // a GUID; new if empty
 	Version string // of the configuration: "10.0"
 	Off     bool
-	NoVSS   bool // the guest has no backup service
-	Linux   bool // the guest is not Windows
-	IDE     bool // generation 1, the first disk on IDE
+	NoVSS   bool   // the guest has no backup service
+	Linux   bool   // the guest is not Windows
+	IDE     bool   // generation 1, the first disk on IDE
+	Root    string // the folder of all its files; "C:\VMs\" and its name if empty
 	Disks   []DiskSpec
 }
 
@@ -51,6 +52,7 @@ type DiskSpec struct {
 // A vm is a virtual machine.
 type vm struct {
 	id, name  string
+	root      string // the folder of its configuration
 	version   string
 	state     int
 	vss       bool
@@ -111,7 +113,10 @@ func settingsRef(id string) cim.Ref {
 
 // newConfig makes the settings of a VM.
 func (h *Host) newConfig(v *vm, generation int) *config {
-	root := `C:\VMs\` + v.name
+	root := v.root
+	if root == "" {
+		root = `C:\VMs\` + v.name
+	}
 	vssd := cim.New(cim.Virtualization, "Msvm_VirtualSystemSettingData")
 	for name, value := range map[string]string{
 		"InstanceID": "Microsoft:" + v.id, "ElementName": v.name, "VirtualSystemIdentifier": v.id, "ConfigurationID": v.id, "VirtualSystemType": realized,
@@ -139,7 +144,7 @@ func (c *config) part(class, suffix, resourceType, subtype string) *cim.Instance
 func (h *Host) AddVM(s Spec) (string, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, version: s.Version, state: stateRunning, vss: !s.NoVSS, linux: s.Linux, changed: h.stamp(), moments: map[string]map[string]int{}}
+	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, root: s.Root, version: s.Version, state: stateRunning, vss: !s.NoVSS, linux: s.Linux, changed: h.stamp(), moments: map[string]map[string]int{}}
 	if v.id == "" {
 		v.id = newGUID()
 	}
@@ -180,7 +185,7 @@ func (h *Host) AddVM(s Spec) (string, error) {
 		drive := c.part("Msvm_ResourceAllocationSettingData", base+`\D`, "17", "Microsoft:Hyper-V:Synthetic Disk Drive").Put("Parent", cim.Text(parent.Ref().Path())).Put("AddressOnParent", cim.Text(fmt.Sprint(slot)))
 		path := d.Path
 		if path == "" {
-			path = fmt.Sprintf(`C:\VMs\%s\Virtual Hard Disks\%s-%d.vhdx`, s.Name, s.Name, n)
+			path = fmt.Sprintf(`%s\Virtual Hard Disks\%s-%d.vhdx`, c.vssd.Get("ConfigurationDataRoot").String(), s.Name, n)
 		}
 		if !d.Exists {
 			if err := h.createDisk(path, d.Bytes, d.Fixed); err != nil {

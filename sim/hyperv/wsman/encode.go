@@ -67,6 +67,14 @@ func property(f cim.Field, v cim.Value) string {
 		return fmt.Sprintf(`<%s xsi:nil="true"/>`, name)
 	case v.Ref != nil:
 		return fmt.Sprintf("<%s>%s</%s>", name, reference(*v.Ref), name)
+	case v.Object != nil:
+		var b strings.Builder
+		c := v.Object.Class
+		fmt.Fprintf(&b, `<%s xmlns:p="%s" xsi:type="p:%s_Type">`, name, classURI(c.Namespace, c.Name), c.Name)
+		for _, f := range c.Properties {
+			b.WriteString(property(f, v.Object.Get(f.Name)))
+		}
+		return b.String() + "</" + name + ">"
 	}
 	var b strings.Builder
 	for _, item := range v.Items {

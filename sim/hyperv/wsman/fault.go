@@ -32,6 +32,8 @@ const (
 	wbemProviderNotCapable   = 0x80041024
 	wbemInvalidQuery         = 0x80041017
 	wbemInvalidClass         = 0x80041010
+	wbemInvalidNamespace     = 0x8004100e
+	wbemAccessDenied         = 0x80041003
 	detailInvalidResourceURI = "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/InvalidResourceURI"
 	detailMaxEnvelope        = "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/MaxEnvelopeSize"
 	detailMaxExceeded        = "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail/MaxEnvelopeSizeExceeded"
@@ -54,6 +56,16 @@ func (f *Fault) Error() string { return fmt.Sprintf("%s: %s", f.Subcode, f.Text)
 // NotFound is WMI's "there is no such object".
 func NotFound(what string) *Fault {
 	return &Fault{Subcode: "w:InvalidSelectors", Code: codeSelectors, WMI: wbemNotFound, Text: "The WS-Management service cannot process the request because the request contained invalid selectors for the resource: " + what + "."}
+}
+
+// NoNamespace is what WMI says of a namespace that the host has not.
+func NoNamespace(name string) *Fault {
+	return &Fault{Subcode: "a:DestinationUnreachable", Code: codeUnreachable, Detail: detailInvalidResourceURI, WMI: wbemInvalidNamespace, Text: "The WS-Management service cannot process the request. The WMI namespace " + name + " does not exist."}
+}
+
+// Denied is what WMI says to who may not ask.
+func Denied(what string) *Fault {
+	return &Fault{Subcode: "w:AccessDenied", Code: codeAccessDenied, WMI: wbemAccessDenied, Text: "Access is denied: " + what + "."}
 }
 
 // NotSupported is what a class answers to Put.

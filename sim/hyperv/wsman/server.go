@@ -28,6 +28,13 @@ type Provider interface {
 	Put(old, changed *cim.Instance) error
 }
 
+// A Guard is a Provider that does not have, or does not show to this user, all
+// namespaces of the class table.
+type Guard interface {
+	// Admit gives nil, NoNamespace or Denied.
+	Admit(namespace string) *Fault
+}
+
 // A Server answers WS-Management requests. Its fields are not changed after
 // Serve.
 type Server struct {
@@ -192,6 +199,9 @@ func (s *Server) serve(ctx context.Context, c *connection, w http.ResponseWriter
 		return 0, ""
 	}
 	action, content := "", ""
+	if g, ok := s.Provider.(Guard); ok && f == nil && r.namespace != "" {
+		f = g.Admit(r.namespace)
+	}
 	if f == nil {
 		action, content, f = s.dispatch(ctx, r)
 	}
