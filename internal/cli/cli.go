@@ -116,7 +116,7 @@ Every restore point is a full: it restores alone, whatever was read to make it.`
 	f.BoolVar(&a.json, "json", false, "print results as JSON, one object per line in lists")
 	f.BoolVarP(&a.quiet, "quiet", "q", false, "no progress bars and no talk, only results and errors")
 	f.BoolVarP(&a.verbose, "verbose", "v", false, "say on stderr what is done and why")
-	root.AddCommand(a.repoCmd(), a.vmCmd(), a.backupCmd(), a.pointCmd(), a.restoreCmd(), a.imageCmd(), a.demoCmd())
+	root.AddCommand(a.repoCmd(), a.vmCmd(), a.backupCmd(), a.pointCmd(), a.restoreCmd(), a.imageCmd(), a.hypervCmd(), a.demoCmd())
 	asksForArguments(root)
 	return root
 }

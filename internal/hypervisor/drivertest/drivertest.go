@@ -25,7 +25,8 @@ type Subject struct {
 	Disk   vm.DiskID
 
 	// Write writes as the guest does: before a snapshot, and, unless Still is
-	// set, while one is held.
+	// set, while one is held. Nil where nobody but the guest itself can: what it
+	// writes of its own is then all that the suite has to look at.
 	Write func(off int64, data []byte)
 	Still bool
 
@@ -73,6 +74,12 @@ type harness struct {
 	*testing.T
 	Subject
 	prev map[vm.DiskID]hypervisor.PreviousDisk
+}
+
+func (h *harness) write(off int64, data []byte) {
+	if h.Write != nil {
+		h.Write(off, data)
+	}
 }
 
 func (h *harness) begin(repo string) hypervisor.Session {
@@ -191,7 +198,7 @@ func noSuchVM(t *testing.T, h *harness) {
 }
 
 func firstBackup(t *testing.T, h *harness) {
-	h.Write(mib, pattern(1, mib))
+	h.write(mib, pattern(1, mib))
 	s := h.begin(repoID)
 	d := h.disk(s)
 	h.wantMode(d, point.Full)
@@ -199,7 +206,7 @@ func firstBackup(t *testing.T, h *harness) {
 		t.Errorf("tracks is %v, and the change id is %q", h.Tracks, d.ChangeID())
 	}
 	p := h.read(d)
-	if !bytes.Equal(p[mib:2*mib], pattern(1, mib)) {
+	if h.Write != nil && !bytes.Equal(p[mib:2*mib], pattern(1, mib)) {
 		t.Error("what was written is not read")
 	}
 	data, err := d.Data(t.Context(), whole(d))
@@ -214,7 +221,7 @@ func firstBackup(t *testing.T, h *harness) {
 		}
 	}
 	part := extent.Extent{Off: mib + 4096, Len: 8192}
-	if some, err := d.Data(t.Context(), part); err != nil || !some.Contains(part) {
+	if some, err := d.Data(t.Context(), part); err != nil || h.Write != nil && !some.Contains(part) {
 		t.Errorf("data within %v: %v, %v", part, some.List(), err)
 	}
 	h.commit(s)
@@ -224,9 +231,12 @@ func standsStill(t *testing.T, h *harness) {
 	if h.Still {
 		t.Skip("its source must not be written to while it is read")
 	}
-	h.Write(0, pattern(1, mib))
+	if h.Write == nil {
+		t.Skip("nobody here can write as the guest does")
+	}
+	h.write(0, pattern(1, mib))
 	s := h.begin(repoID)
-	h.Write(0, pattern(2, mib))
+	h.write(0, pattern(2, mib))
 	if p := h.read(h.disk(s)); !bytes.Equal(p[:mib], pattern(1, mib)) {
 		t.Error("a write after the snapshot is seen in it")
 	}
@@ -298,10 +308,10 @@ func incremental(t *testing.T, h *harness) {
 		}
 		return
 	}
-	h.Write(0, pattern(1, 2*mib))
+	h.write(0, pattern(1, 2*mib))
 	before := h.backUp(repoID)
 	for i := range 3 {
-		h.Write(int64(i)*mib+12345, pattern(byte(i+7), 70000))
+		h.write(int64(i)*mib+12345, pattern(byte(i+7), 70000))
 		s := h.begin(repoID)
 		before = h.mustApply(h.disk(s), before)
 		h.commit(s)
@@ -316,13 +326,13 @@ func abortKeeps(t *testing.T, h *harness) {
 		t.Skip("it has no change tracking")
 	}
 	before := h.backUp(repoID)
-	h.Write(mib, pattern(3, 100000))
+	h.write(mib, pattern(3, 100000))
 	s := h.begin(repoID)
 	if h.disk(s).ChangeID() == h.prev[h.Disk].ChangeID {
 		t.Error("the change id is that of the previous session")
 	}
 	h.abort(s)
-	h.Write(2*mib, pattern(4, 100000))
+	h.write(2*mib, pattern(4, 100000))
 	s = h.begin(repoID)
 	h.mustApply(h.disk(s), before) // both writes
 	h.commit(s)
@@ -334,7 +344,7 @@ func trackingLost(t *testing.T, h *harness) {
 	}
 	h.backUp(repoID)
 	h.LoseTracking()
-	h.Write(0, pattern(5, 100000))
+	h.write(0, pattern(5, 100000))
 	s := h.begin(repoID)
 	h.wantMode(h.disk(s), point.Full, point.Compared)
 	if _, err := h.disk(s).Changed(t.Context(), whole(h.disk(s))); !errors.Is(err, hypervisor.ErrTrackingLost) {
@@ -342,7 +352,7 @@ func trackingLost(t *testing.T, h *harness) {
 	}
 	before := h.read(h.disk(s))
 	h.commit(s)
-	h.Write(mib, pattern(6, 100000))
+	h.write(mib, pattern(6, 100000))
 	s = h.begin(repoID) // and it recovers
 	h.mustApply(h.disk(s), before)
 	h.commit(s)
@@ -354,11 +364,11 @@ func twoRepositories(t *testing.T, h *harness) {
 	}
 	before := h.backUp(repoID)
 	mine := h.prev
-	h.Write(0, pattern(1, 100000))
+	h.write(0, pattern(1, 100000))
 	h.prev = nil
 	h.backUp(another)
 	theirs := h.prev
-	h.Write(mib, pattern(2, 100000))
+	h.write(mib, pattern(2, 100000))
 	h.backUp(another)
 	h.prev = mine
 	s := h.begin(repoID)
@@ -428,3 +438,7 @@ func abortAfterCancel(t *testing.T, h *harness) {
 	}
 	h.abort(h.begin(repoID))
 }
+
+// Repositories are the ids of those that the suite backs up for, so that its
+// caller can clean up after them.
+func Repositories() []string { return []string{repoID, another} }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/secret"
+	"github.com/backstay/backstay/internal/wsman"
 )
 
 // Options say which host to speak to, and how.
@@ -28,6 +29,10 @@ type Options struct {
 	Password secret.Bytes
 	StateDir string // journal and locks; "" for /var/lib/backstay
 	Log      *slog.Logger
+
+	// Record, where set, is called with each request and its answer, as
+	// wsman.Config says.
+	Record func(wsman.Exchange)
 
 	// AllowSavedState lets a backup fall back to a checkpoint that saves the
 	// guest's memory, where the host can make no other.

@@ -17,7 +17,7 @@ func Open(ctx context.Context, o Options) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	cfg := wsman.Config{URL: "https://" + net.JoinHostPort(a.host, a.port), User: a.user, Password: o.Password, Pin: a.pin}
+	cfg := wsman.Config{URL: "https://" + net.JoinHostPort(a.host, a.port), User: a.user, Password: o.Password, Pin: a.pin, Record: o.Record}
 	if a.plain {
 		cfg.URL = "http://" + net.JoinHostPort(a.host, a.port)
 	}

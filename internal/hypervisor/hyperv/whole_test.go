@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -42,6 +43,9 @@ var labs atomic.Int32
 // serves. The VM of each has its own name, and so its own folder.
 func newLab(t *testing.T, dir string, samba *smbtest.Server, o sim.Options, disks ...int64) *lab {
 	t.Helper()
+	if os.Getenv(realHost) != "" {
+		t.Skip("it says what goes wrong on its host, and so needs a simulated one")
+	}
 	l := &lab{name: fmt.Sprintf("web%02d", labs.Add(1)), disk: make([]byte, disks[0])}
 	h, err := host.New(host.Options{Dir: dir, JobTime: time.Millisecond})
 	if err != nil {
@@ -102,10 +106,15 @@ func (l *lab) write(t *testing.T, off int64, p []byte) {
 	}
 }
 
-// The driver over its real protocols, against the simulator and Samba.
+// The driver over its real protocols, against the simulator and Samba, or
+// against the host that BACKSTAY_HYPERV_URL names.
 func TestConformanceOfTheWholePath(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes some seconds")
+	}
+	if source := os.Getenv(realHost); source != "" {
+		drivertest.Run(t, func(t *testing.T) drivertest.Subject { return realSubject(t, source) })
+		return
 	}
 	dir := imagetest.MemoryDir(t)
 	samba := smbtest.Run(t, smbtest.Options{Dir: filepath.Join(dir, "C")})
