@@ -34,7 +34,7 @@ func main() {
 type hypervFlags struct {
 	listen, dir, user, passwordFile, name, certificate string
 	http, noBasic, requireBinding, verbose             bool
-	vms                                                []string
+	vms, troubles                                      []string
 	granule                                            int64
 	writes                                             int
 }
@@ -46,10 +46,16 @@ func hypervCommand() *cobra.Command {
 		Short: "A Hyper-V host: WMI over WS-Management, and VHDX files in DIR",
 		Long: `A simulated Hyper-V host. It prints its URL and its certificate's fingerprint as
 one JSON object, and answers until it is interrupted. The host's C: is DIR/C;
-share that directory over SMB for clients that read disks.`,
-		Example: `  backstay-sim hyperv --dir /tmp/hv --user Administrator --password-file pw --vm web01=64M,1G --guest-writes 20`,
-		Args:    cobra.NoArgs,
-		RunE:    func(c *cobra.Command, _ []string) error { return f.run(c.Context(), c.OutOrStdout(), c.ErrOrStderr()) },
+share that directory over SMB for clients that read disks.
+
+--trouble makes something go wrong, once where it is said of the next or of the
+Nth, otherwise always:
+
+` + troubleHelp(),
+		Example: `  backstay-sim hyperv --dir /tmp/hv --user Administrator --password-file pw --vm web01=64M,1G --guest-writes 20
+  backstay-sim hyperv --dir /tmp/hv --password-file pw --vm web01=64M --trouble fail-job=CreateSnapshot --trouble drop=20`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error { return f.run(c.Context(), c.OutOrStdout(), c.ErrOrStderr()) },
 	}
 	flags := c.Flags()
 	flags.StringVar(&f.listen, "listen", "127.0.0.1:0", "the address to answer on")
@@ -63,6 +69,7 @@ share that directory over SMB for clients that read disks.`,
 	flags.BoolVar(&f.requireBinding, "require-binding", false, "demand NTLM's channel binding")
 	flags.BoolVar(&f.verbose, "verbose", false, "tell every request on stderr")
 	flags.StringArrayVar(&f.vms, "vm", nil, "make a VM: NAME=SIZE,… with a size for each disk; may be repeated")
+	flags.StringArrayVar(&f.troubles, "trouble", nil, "what goes wrong: NAME or NAME=VALUE of the list above; may be repeated")
 	flags.Int64Var(&f.granule, "granule", 64<<10, "bytes that a bit of change tracking stands for")
 	flags.IntVar(&f.writes, "guest-writes", 0, "writes a second of every VM")
 	for _, name := range []string{"dir", "password-file"} {
@@ -74,6 +81,10 @@ share that directory over SMB for clients that read disks.`,
 }
 
 func (f *hypervFlags) run(ctx context.Context, out, talk io.Writer) error {
+	onHost, onWay, err := parseTroubles(f.troubles)
+	if err != nil {
+		return err
+	}
 	password, err := os.ReadFile(f.passwordFile)
 	if err != nil {
 		return err
@@ -101,6 +112,8 @@ func (f *hypervFlags) run(ctx context.Context, out, talk io.Writer) error {
 		}
 	}
 	o := hyperv.Options{Listen: f.listen, User: f.user, Password: strings.TrimRight(string(password), "\r\n"), HTTP: f.http, NoBasic: f.noBasic, RequireBinding: f.requireBinding}
+	onWay.into(&o)
+	h.SetTrouble(func(t *host.Trouble) { *t = onHost })
 	if f.verbose {
 		o.Log = func(format string, args ...any) { fmt.Fprintf(talk, format+"\n", args...) }
 	}
