@@ -9,9 +9,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -35,31 +35,43 @@ func (b *bench) hyperv(ctx context.Context) error {
 		fmt.Println("hyperv: smbclient is not installed, left out")
 		return nil
 	}
-	dir := b.path("hyperv")
-	if err := os.RemoveAll(dir); err != nil {
-		return err
-	}
-	begun := time.Now()
-	l, err := startHyperV(ctx, dir, b.hypervBytes, image.CreateOptions{BlockBytes: hypervBlock}, false)
-	if errors.Is(err, smbtest.ErrMissing) {
-		fmt.Printf("hyperv: %v, left out\n", err)
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer l.stop()
 	defer os.RemoveAll(b.path("hyperv-repo"))
-	fmt.Printf("\nhyperv: a disk of %.1f GiB with %.1f GiB of data that compress to a quarter, made in %.0f s\n", gib(l.bytes), gib(l.data()), time.Since(begun).Seconds())
-	for _, part := range []func(context.Context, *hypervLab) error{b.hypervBackups, b.hypervReads, b.hypervCalls} {
+	parts := map[string]func(context.Context, *hypervLab) error{"backups": b.hypervBackups, "reads": b.hypervReads, "calls": b.hypervCalls}
+	var l *hypervLab
+	defer func() {
+		if l != nil {
+			l.stop()
+		}
+	}()
+	for _, name := range strings.Split(b.hypervParts, ",") {
+		if name == "empty" {
+			if err := b.hypervEmpty(ctx); err != nil {
+				return err
+			}
+			continue
+		}
+		part := parts[name]
+		if part == nil {
+			return fmt.Errorf("no part %q", name)
+		}
+		if l == nil {
+			begun := time.Now()
+			var err error
+			l, err = startHyperV(ctx, b.path("hyperv"), b.hypervBytes, image.CreateOptions{BlockBytes: hypervBlock}, false)
+			if errors.Is(err, smbtest.ErrMissing) {
+				fmt.Printf("hyperv: %v, left out\n", err)
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			fmt.Printf("\nhyperv: a disk of %.1f GiB with %.1f GiB of data that compress to a quarter, made in %.0f s\n", gib(l.bytes), gib(l.data()), time.Since(begun).Seconds())
+		}
 		if err := part(ctx, l); err != nil {
 			return err
 		}
 	}
-	if err := l.stop(); err != nil {
-		return err
-	}
-	return b.hypervEmpty(ctx)
+	return nil
 }
 
 // A hypervLine is one line of the table of backups.
@@ -253,7 +265,7 @@ func readDisk(ctx context.Context, l *hypervLab, slow bool, _ int) (took time.Du
 	disk := s.Disks()[0]
 	begun := time.Now()
 	extents := make(chan extent.Extent)
-	errs := make([]error, runtime.GOMAXPROCS(0)+2)
+	errs := make([]error, disk.(hypervisor.DeepDisk).Reads())
 	var wg sync.WaitGroup
 	for i := range errs {
 		wg.Go(func() {
@@ -344,7 +356,7 @@ func (b *bench) hypervCalls(ctx context.Context, l *hypervLab) error {
 func (b *bench) hypervEmpty(ctx context.Context) error {
 	fmt.Printf("\nhyperv: an empty disk of %d TiB\n%-36s %8s %8s %9s\n", int64(hypervHuge>>40), "backup", "wall s", "RSS MiB", "requests")
 	for _, block := range []int64{hypervBlock, 2 << 20} {
-		l, err := startHyperV(ctx, b.path("hyperv"), hypervHuge, image.CreateOptions{BlockBytes: block}, true)
+		l, err := startHyperV(ctx, b.path("hyperv-empty"), hypervHuge, image.CreateOptions{BlockBytes: block}, true)
 		if err != nil {
 			return err
 		}

@@ -62,6 +62,9 @@ func startHyperV(ctx context.Context, dir string, size int64, o image.CreateOpti
 			l.stop()
 		}
 	}()
+	if err := os.RemoveAll(dir); err != nil { // of a run that was killed
+		return l, err
+	}
 	path := fmt.Sprintf(`C:\VMs\%s\%[1]s.vhdx`, hypervVM)
 	l.file = filepath.Join(dir, "C", "VMs", hypervVM, hypervVM+".vhdx")
 	if err := os.MkdirAll(filepath.Dir(l.file), 0o755); err != nil {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/hypervisor"
 )
 
 // A task is one chunk and which of its bytes the source is to be asked for.
@@ -23,9 +24,13 @@ type task struct {
 func (r *reader) pipeline(ctx context.Context, plan func(context.Context, func(task) error) error, do func(context.Context, task, []byte) error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	tasks := make(chan task, r.Workers)
+	workers := r.Workers
+	if deep, ok := r.src.(hypervisor.DeepDisk); ok {
+		workers = max(workers, deep.Reads())
+	}
+	tasks := make(chan task, workers)
 	var wg sync.WaitGroup
-	for range r.Workers {
+	for range workers {
 		wg.Go(func() {
 			buf := r.buffer()
 			defer r.bufs.Put(buf)

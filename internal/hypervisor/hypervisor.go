@@ -115,6 +115,13 @@ type Disk interface {
 	ChangeID() string
 }
 
+// A DeepDisk is a Disk that lies far enough away for several reads to be under
+// way at once, however few processors there are.
+type DeepDisk interface {
+	// Reads is how many at a time are of use.
+	Reads() int
+}
+
 // ErrNoDisk says that a VM has no disk that is to be backed up and can be. A
 // restore point without one would restore nothing, and look like protection.
 var ErrNoDisk = errors.New("no disk is left to back up")

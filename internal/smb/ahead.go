@@ -3,10 +3,13 @@ package smb
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 )
 
-// aheadBlocks is how many blocks of pieceBytes are read ahead at most.
-const aheadBlocks = 8
+// aheadBlocks is how many blocks of pieceBytes are read ahead at most, those
+// included that others have asked for: many readers keep the line full by
+// themselves, and what is read ahead is copied once more.
+const aheadBlocks = 16
 
 // An ahead reads what a reader that goes through a file from front to back is
 // going to ask for. It reads ahead at most a sixteenth of what was asked for
@@ -17,6 +20,8 @@ type ahead struct {
 	// The run: what was asked for lately. Several readers that share the work
 	// ask out of order, so it may have small gaps.
 	start, end, bytes int64
+
+	asking atomic.Int32 // who waits for bytes that were not read ahead
 
 	blocks  map[int64]*block // by number
 	stopped bool
@@ -41,7 +46,9 @@ func (a *ahead) read(ctx context.Context, f *File, p []byte, off int64) error {
 		b, n := a.next(off, int64(len(p)))
 		var err error
 		if b == nil {
+			a.asking.Add(1)
 			err = f.fill(ctx, p[:n], off)
+			a.asking.Add(-1)
 		} else if err = b.wait(ctx); err == nil {
 			copy(p[:n], b.p[off%pieceBytes:])
 			a.took(off/pieceBytes, n)
@@ -72,7 +79,7 @@ func (a *ahead) note(f *File, off, n int64) {
 	if a.bytes < (a.end-a.start)/8*7 {
 		return
 	}
-	most := min(a.bytes/16/pieceBytes, aheadBlocks)
+	most := min(a.bytes/16/pieceBytes, aheadBlocks-int64(a.asking.Load()))
 	first := (a.end + pieceBytes - 1) / pieceBytes
 	for i := first; i < first+most && i*pieceBytes < size; i++ {
 		if a.blocks[i] != nil {
@@ -89,7 +96,7 @@ func (a *ahead) note(f *File, off, n int64) {
 		a.pending.Go(func() {
 			defer close(b.done)
 			p := make([]byte, min(pieceBytes, size-i*pieceBytes))
-			if b.err = f.piece(f.life, p, i*pieceBytes); b.err == nil {
+			if b.err = f.piece(f.life, p, i*pieceBytes, true); b.err == nil {
 				b.p = p
 			}
 		})

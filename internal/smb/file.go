@@ -299,7 +299,7 @@ func (f *File) ReadAtContext(ctx context.Context, p []byte, off int64) (int, err
 // fill reads all of p, in pieces side by side.
 func (f *File) fill(ctx context.Context, p []byte, off int64) error {
 	if len(p) <= pieceBytes {
-		return f.piece(ctx, p, off)
+		return f.piece(ctx, p, off, false)
 	}
 	var wg sync.WaitGroup
 	var mu sync.Mutex
@@ -308,7 +308,7 @@ func (f *File) fill(ctx context.Context, p []byte, off int64) error {
 		n := min(len(p), pieceBytes)
 		part, at := p[:n], off
 		wg.Go(func() {
-			if err := f.piece(ctx, part, at); err != nil {
+			if err := f.piece(ctx, part, at, false); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				if first == nil {
@@ -324,23 +324,29 @@ func (f *File) fill(ctx context.Context, p []byte, off int64) error {
 
 var pieces = sync.Pool{New: func() any { return new([pieceBytes]byte) }}
 
-// piece reads all of p, at most pieceBytes. With a ctx that can end it uses
-// memory of its own, because a request can't be taken back.
-func (f *File) piece(ctx context.Context, p []byte, off int64) error {
+// piece reads all of p, at most pieceBytes. A request can't be taken back, so
+// with a ctx that can end it uses memory of its own, unless p is given up:
+// nobody has it after an error.
+func (f *File) piece(ctx context.Context, p []byte, off int64, givenUp bool) error {
 	if err := f.c.slot(ctx); err != nil {
 		return f.error("read", off, err)
 	}
+	read := func(p []byte) error {
+		defer func() { <-f.c.slots }()
+		return f.request(ctx, p, off)
+	}
 	var err error
-	if ctx.Done() == nil {
-		err = f.request(ctx, p, off)
-		<-f.c.slots
-	} else {
+	switch {
+	case ctx.Done() == nil:
+		err = read(p)
+	case givenUp:
+		_, err = detached(ctx, func() (struct{}, error) { return struct{}{}, read(p) })
+	default:
 		n := len(p)
 		var buf *[pieceBytes]byte
 		buf, err = detached(ctx, func() (*[pieceBytes]byte, error) {
-			defer func() { <-f.c.slots }()
 			buf := pieces.Get().(*[pieceBytes]byte)
-			return buf, f.request(ctx, buf[:n], off)
+			return buf, read(buf[:n])
 		})
 		if err == nil {
 			copy(p, buf[:n])

@@ -70,9 +70,11 @@ const (
 	defaultPatience = time.Minute
 	defaultOutage   = 2 * time.Minute
 	// perConnection is how many reads of pieceBytes one connection may have
-	// under way. Every one of them takes 16 credits and up to 2 MiB of memory.
-	perConnection = 6
-	credits       = 256
+	// under way: what a line of 5 Gbit/s with round trips of 20 ms holds. Every
+	// one of them takes 16 credits and up to 2 MiB of memory. Hosts lend out at
+	// least 512 credits.
+	perConnection = 14
+	credits       = 512
 	// pieceBytes is what one read or write moves at most: Windows takes no more
 	// at once, whatever it says.
 	pieceBytes = 1 << 20

@@ -164,11 +164,19 @@ type disk struct {
 	answer extent.Set // what changed of known
 }
 
-var _ hypervisor.Disk = (*disk)(nil)
+var (
+	_ hypervisor.Disk     = (*disk)(nil)
+	_ hypervisor.DeepDisk = (*disk)(nil)
+)
+
+// diskReads is how many reads of a disk are to be under way: what changed lies
+// in pieces of 64 KiB, and 16 of those are 50 MB/s from a host 20 ms away.
+const diskReads = 16
 
 func (d *disk) Info() vm.Disk              { return d.info }
 func (d *disk) Mode() (point.Mode, string) { return d.plan.mode, d.plan.reason }
 func (d *disk) ChangeID() string           { return d.change }
+func (d *disk) Reads() int                 { return diskReads }
 
 func (d *disk) ReadAt(p []byte, off int64) (int, error) {
 	if err := d.s.failed(); err != nil {
