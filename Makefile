@@ -10,7 +10,7 @@ BACKSTAY_SAMPLES ?= none
 export BACKSTAY_SAMPLES
 export PATH := $(PATH):$(dir $(GO)):/usr/sbin:/sbin
 
-.PHONY: build demo test check bench fuzz soak need-go
+.PHONY: build demo demo-hyperv test check bench fuzz soak need-go
 
 build: need-go ## bin/backstay
 	@scripts/need build
@@ -20,6 +20,12 @@ demo: need-go ## a real VM is backed up, destroyed and brought back
 	@scripts/need demo
 	@$(GO) build -trimpath -o bin/backstay ./cmd/backstay
 	@bin/backstay demo
+
+demo-hyperv: need-go ## a VM of a simulated Hyper-V host, and a real Samba
+	@scripts/need demo-hyperv
+	@$(GO) build -trimpath -o bin/backstay ./cmd/backstay
+	@$(GO) build -trimpath -o bin/backstay-sim ./cmd/backstay-sim
+	@bin/backstay-sim demo --backstay bin/backstay
 
 test: need-go ## every test, real libvirt and QEMU included
 	@scripts/need test

@@ -24,7 +24,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	root := &cobra.Command{Use: "backstay-sim", Short: "Simulated hosts for tests and demonstrations", SilenceUsage: true}
-	root.AddCommand(hypervCommand())
+	root.AddCommand(hypervCommand(), demoCommand())
 	if err := root.ExecuteContext(ctx); err != nil {
 		stop()
 		os.Exit(1)

@@ -4,8 +4,13 @@ package demo
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"os"
+	"os/exec"
+	"regexp"
+	"slices"
 	"strings"
 	"time"
 )
@@ -27,29 +32,84 @@ func Run(ctx context.Context, o Options) error {
 	return nil
 }
 
-// A teller writes down what happens, with the time since the start.
-type teller struct {
-	out   io.Writer
-	start time.Time
+// A Teller writes down what happens, with the time since the start.
+type Teller struct {
+	Out   io.Writer
+	Start time.Time
 }
 
-// chapter begins a part of the story.
-func (t *teller) chapter(format string, args ...any) {
-	fmt.Fprintf(t.out, "\n== %s  (%s)\n", fmt.Sprintf(format, args...), seconds(time.Since(t.start)))
+// Chapter begins a part of the story.
+func (t *Teller) Chapter(format string, args ...any) {
+	fmt.Fprintf(t.Out, "\n== %s  (%s)\n", fmt.Sprintf(format, args...), Seconds(time.Since(t.Start)))
 }
 
-// say is one line of it.
-func (t *teller) say(format string, args ...any) {
-	fmt.Fprintf(t.out, "   %s\n", fmt.Sprintf(format, args...))
+// Say is one line of it.
+func (t *Teller) Say(format string, args ...any) {
+	fmt.Fprintf(t.Out, "   %s\n", fmt.Sprintf(format, args...))
 }
 
-// quote is what somebody else said, line by line.
-func (t *teller) quote(text string) {
+// Quote is what somebody else said, line by line.
+func (t *Teller) Quote(text string) {
 	for line := range strings.Lines(text) {
 		if line = strings.TrimRight(line, " \r\n"); line != "" {
-			fmt.Fprintf(t.out, "   | %s\n", line)
+			fmt.Fprintf(t.Out, "   | %s\n", line)
 		}
 	}
 }
 
-func seconds(d time.Duration) string { return fmt.Sprintf("%.1f s", d.Seconds()) }
+// exitWarnings is the exit code of a command that did its work and had
+// something to say about it.
+const exitWarnings = 4
+
+// A Command is one that people would type.
+type Command struct {
+	Program string // file of backstay
+	Args    []string
+	Shown   []string // of Args, as they are shown; nil for the same
+	Hidden  []string // further arguments, of no matter to the story
+	Env     []string // beside our own
+}
+
+// Run runs a command, shows it as people would type it, and what it printed.
+// ^C reaches it once, from here, with time to clean up the host.
+func (t *Teller) Run(ctx context.Context, c Command) error {
+	if c.Shown == nil {
+		c.Shown = quoted(c.Args)
+	}
+	fmt.Fprintf(t.Out, "\n   $ backstay %s\n", strings.Join(c.Shown, " "))
+	cmd := exec.CommandContext(ctx, c.Program, append(slices.Clone(c.Args), c.Hidden...)...)
+	cmd.Env = append(os.Environ(), c.Env...)
+	apart(cmd)
+	cmd.WaitDelay = 30 * time.Second
+	start := time.Now()
+	out, err := cmd.CombinedOutput()
+	t.Quote(string(out))
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == exitWarnings {
+		err = nil
+	}
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		return fmt.Errorf("backstay %s: %w", strings.Join(c.Args, " "), err)
+	}
+	t.Say("%s", Seconds(time.Since(start)))
+	return nil
+}
+
+var plain = regexp.MustCompile(`^[A-Za-z0-9_./:=,@%+-]+$`)
+
+// quoted writes args so that a shell would read them back.
+func quoted(args []string) []string {
+	out := make([]string, len(args))
+	for i, a := range args {
+		if !plain.MatchString(a) {
+			a = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+		}
+		out[i] = a
+	}
+	return out
+}
+
+// Seconds writes a duration.
+func Seconds(d time.Duration) string { return fmt.Sprintf("%.1f s", d.Seconds()) }

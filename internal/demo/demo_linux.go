@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -34,7 +33,7 @@ const (
 
 // A story is one run of the demo.
 type story struct {
-	teller
+	Teller
 	o     Options
 	dir   string
 	guest *lab.Guest
@@ -45,7 +44,7 @@ type story struct {
 }
 
 func run(ctx context.Context, o Options) (err error) {
-	s := &story{teller: teller{out: o.Out, start: time.Now()}, o: o}
+	s := &story{Teller: Teller{Out: o.Out, Start: time.Now()}, o: o}
 	// A machine has its scratch directory already, or gets it back without.
 	if _, err := os.Stat(scratchDir); errors.Is(err, fs.ErrNotExist) {
 		defer os.Remove(scratchDir) // refused unless it is empty
@@ -65,9 +64,9 @@ func run(ctx context.Context, o Options) (err error) {
 			return err
 		}
 	}
-	s.chapter("Done")
-	s.say("The VM was running, was destroyed with its disks, and runs again; its own check found every record and file sound.")
-	s.say("Cleaning up: %s goes, and nothing runs on. The guest's packages stay in the cache for the next time.", s.dir)
+	s.Chapter("Done")
+	s.Say("The VM was running, was destroyed with its disks, and runs again; its own check found every record and file sound.")
+	s.Say("Cleaning up: %s goes, and nothing runs on. The guest's packages stay in the cache for the next time.", s.dir)
 	return nil
 }
 
@@ -102,13 +101,13 @@ func (s *story) makeDir() (remove func() error, err error) {
 }
 
 func (s *story) buildGuest(ctx context.Context) (err error) {
-	s.chapter("A small Linux guest")
-	s.say("All state is in %s.", s.dir)
+	s.Chapter("A small Linux guest")
+	s.Say("All state is in %s.", s.dir)
 	start := time.Now()
-	if s.guest, err = lab.Build(ctx, "", lab.BuildOptions{Log: s.say}); err != nil {
+	if s.guest, err = lab.Build(ctx, "", lab.BuildOptions{Log: s.Say}); err != nil {
 		return err
 	}
-	s.say("Debian's kernel %s, busybox and the QEMU guest agent, ready after %s.", s.guest.KernelVersion, seconds(time.Since(start)))
+	s.Say("Debian's kernel %s, busybox and the QEMU guest agent, ready after %s.", s.guest.KernelVersion, Seconds(time.Since(start)))
 	// While the disks are made, a guest tries whether /dev/kvm is worth its name.
 	kvm := make(chan bool, 1)
 	go func() { kvm <- lab.ProbeKVM(ctx, s.guest) }()
@@ -122,10 +121,10 @@ func (s *story) buildGuest(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	s.say("Two disks, %s to boot from and %s with %s of files, made in %s.", size(systemBytes), size(dataBytes), size(fillBytes), seconds(time.Since(start)))
+	s.Say("Two disks, %s to boot from and %s with %s of files, made in %s.", size(systemBytes), size(dataBytes), size(fillBytes), Seconds(time.Since(start)))
 
 	start = time.Now()
-	if s.host, err = lab.StartLibvirt(ctx, s.dir, lab.LibvirtOptions{KVM: works, Log: s.say}); err != nil {
+	if s.host, err = lab.StartLibvirt(ctx, s.dir, lab.LibvirtOptions{KVM: works, Log: s.Say}); err != nil {
 		return err
 	}
 	s.vm, err = s.host.Define(ctx, s.guest, lab.VMOptions{
@@ -135,20 +134,20 @@ func (s *story) buildGuest(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	s.say("A libvirt of its own runs the VM %s, ready after %s.", vmName, seconds(time.Since(start)))
+	s.Say("A libvirt of its own runs the VM %s, ready after %s.", vmName, Seconds(time.Since(start)))
 	if !works {
-		s.say("No KVM here that can run a guest, so the processor is emulated: booting takes seconds, not one.")
+		s.Say("No KVM here that can run a guest, so the processor is emulated: booting takes seconds, not one.")
 	}
 	return nil
 }
 
 func (s *story) startGuest(ctx context.Context) error {
-	s.chapter("The VM boots, and starts to work")
+	s.Chapter("The VM boots, and starts to work")
 	if err := s.boot(ctx, func() error { return s.vm.Start(ctx) }); err != nil {
 		return err
 	}
-	s.say("A program in it now writes some 50 records a second: a line in a log, then a block with a checksum.")
-	s.say("At each boot, before it goes on, it reads all of them and says whether they are sound.")
+	s.Say("A program in it now writes some 50 records a second: a line in a log, then a block with a checksum.")
+	s.Say("At each boot, before it goes on, it reads all of them and says whether they are sound.")
 	return nil
 }
 
@@ -163,12 +162,12 @@ func (s *story) boot(ctx context.Context, start func() error) error {
 	if err := s.vm.WaitAgent(ctx); err != nil {
 		return err
 	}
-	s.say("Its agent answers after %s. What the guest says about its disk:", seconds(time.Since(began)))
+	s.Say("Its agent answers after %s. What the guest says about its disk:", Seconds(time.Since(began)))
 	said, err := s.vm.Verify(ctx)
 	if err != nil {
 		return err
 	}
-	s.quote(said)
+	s.Quote(said)
 	if !strings.HasPrefix(said, "WORKLOAD VERIFY OK") {
 		return fmt.Errorf("the guest found its records damaged: %s", said)
 	}
@@ -180,11 +179,11 @@ func (s *story) boot(ctx context.Context, start func() error) error {
 }
 
 func (s *story) fullBackup(ctx context.Context) error {
-	s.chapter("The first backup, while it works")
+	s.Chapter("The first backup, while it works")
 	if err := os.WriteFile(filepath.Join(s.dir, "password"), []byte(rand.Text()+"\n"), 0o600); err != nil {
 		return err
 	}
-	s.say("With BACKSTAY_REPO=%s and a random passphrase in BACKSTAY_PASSWORD_FILE:", filepath.Join(s.dir, "repo"))
+	s.Say("With BACKSTAY_REPO=%s and a random passphrase in BACKSTAY_PASSWORD_FILE:", filepath.Join(s.dir, "repo"))
 	if err := s.backstay(ctx, "repo", "init"); err != nil {
 		return err
 	}
@@ -195,7 +194,7 @@ func (s *story) fullBackup(ctx context.Context) error {
 }
 
 func (s *story) incremental(ctx context.Context) error {
-	s.chapter("It changes, and is backed up again")
+	s.Chapter("It changes, and is backed up again")
 	before, err := s.records(ctx)
 	if err != nil {
 		return err
@@ -209,8 +208,8 @@ func (s *story) incremental(ctx context.Context) error {
 		return err
 	}
 	s.saved = after
-	s.say("The guest wrote %s of new files, and its records went from %d to %d.", size(changeBytes), before, after)
-	s.say("QEMU has kept a list of what was written, so only that is read.")
+	s.Say("The guest wrote %s of new files, and its records went from %d to %d.", size(changeBytes), before, after)
+	s.Say("QEMU has kept a list of what was written, so only that is read.")
 	if err := s.backstay(ctx, "backup", s.host.KVM(vmName)); err != nil {
 		return err
 	}
@@ -228,7 +227,7 @@ func (s *story) records(ctx context.Context) (int64, error) {
 }
 
 func (s *story) disaster(ctx context.Context) error {
-	s.chapter("Disaster")
+	s.Chapter("Disaster")
 	if err := s.vm.Remove(ctx); err != nil {
 		return err
 	}
@@ -237,12 +236,12 @@ func (s *story) disaster(ctx context.Context) error {
 			return err
 		}
 	}
-	s.say("The VM is destroyed and undefined, and its disks are deleted:")
+	s.Say("The VM is destroyed and undefined, and its disks are deleted:")
 	return s.backstay(ctx, "vm", "list", s.host.KVM(""))
 }
 
 func (s *story) comeBack(ctx context.Context) error {
-	s.chapter("It comes back")
+	s.Chapter("It comes back")
 	err := s.boot(ctx, func() error {
 		return s.backstay(ctx, "restore", vmName, "--to", s.host.KVM(vmName), "--start")
 	})
@@ -253,57 +252,24 @@ func (s *story) comeBack(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.say("And about the files on its data disk, the newest included:")
-	s.quote(out)
+	s.Say("And about the files on its data disk, the newest included:")
+	s.Quote(out)
 	if want := fmt.Sprintf("WORKLOAD CHECK OK bytes %d\n", fillBytes+changeBytes); out != want {
 		return fmt.Errorf("the guest has %q, not %q", strings.TrimSpace(out), strings.TrimSpace(want))
 	}
 	return nil
 }
 
-// exitWarnings is the exit code of a command that did its work and had
-// something to say about it.
-const exitWarnings = 4
-
-// backstay runs one command, shows it as people would type it, and what it
-// printed.
+// backstay runs one command.
 func (s *story) backstay(ctx context.Context, args ...string) error {
-	fmt.Fprintf(s.out, "\n   $ backstay %s\n", strings.Join(quoted(args), " "))
-	cmd := exec.CommandContext(ctx, s.o.Backstay, append(args, "--state-dir", filepath.Join(s.dir, "state"))...)
-	cmd.Env = append(os.Environ(),
-		"BACKSTAY_REPO="+filepath.Join(s.dir, "repo"), "BACKSTAY_PASSWORD_FILE="+filepath.Join(s.dir, "password"))
-	// ^C reaches the command once, from here, with time to clean up the host.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = 30 * time.Second
-	start := time.Now()
-	out, err := cmd.CombinedOutput()
-	s.quote(string(out))
-	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) && exit.ExitCode() == exitWarnings {
-		err = nil
-	}
-	if ctx.Err() != nil {
-		return ctx.Err()
-	}
-	if err != nil {
-		return fmt.Errorf("backstay %s: %w", strings.Join(args, " "), err)
-	}
-	s.say("%s", seconds(time.Since(start)))
-	return nil
+	return s.Run(ctx, Command{Program: s.o.Backstay, Args: args, Hidden: []string{"--state-dir", filepath.Join(s.dir, "state")},
+		Env: []string{"BACKSTAY_REPO=" + filepath.Join(s.dir, "repo"), "BACKSTAY_PASSWORD_FILE=" + filepath.Join(s.dir, "password")}})
 }
 
-var plain = regexp.MustCompile(`^[A-Za-z0-9_./:=,@%+-]+$`)
-
-// quoted writes args so that a shell would read them back.
-func quoted(args []string) []string {
-	out := make([]string, len(args))
-	for i, a := range args {
-		if !plain.MatchString(a) {
-			a = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
-		}
-		out[i] = a
-	}
-	return out
+// apart makes an interruption of ours reach a command from here alone.
+func apart(cmd *exec.Cmd) {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 }
 
 func size(n int64) string { return humanize.IBytes(uint64(n)) }

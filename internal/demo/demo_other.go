@@ -5,6 +5,7 @@ package demo
 import (
 	"context"
 	"fmt"
+	"os/exec"
 
 	"github.com/backstay/backstay/internal/fault"
 )
@@ -12,3 +13,5 @@ import (
 func run(context.Context, Options) error {
 	return fmt.Errorf("the demo's guest needs libvirt on Linux: %w", fault.ErrUnsupported)
 }
+
+func apart(*exec.Cmd) {}
