@@ -106,6 +106,9 @@ func (c *Cluster) Fail(node string) error {
 			if v.busy != nil {
 				return fmt.Errorf("VM %s: a job of it is running", v.name) // its work would go on
 			}
+			if v.planned {
+				continue // it is the node's own
+			}
 			pass(v, from, to)
 			v.changed = to.stamp()
 		}
@@ -121,6 +124,7 @@ func pass(v *vm, from, to *Host) {
 			break
 		}
 	}
+	to.findSwitches(v.config)
 	to.vms = append(to.vms, v)
 }
 
@@ -174,6 +178,9 @@ func (c *Cluster) instances(put func(*cim.Instance)) {
 }
 
 func (c *Cluster) resources(h *Host, v *vm, put func(*cim.Instance)) {
+	if v.planned {
+		return
+	}
 	online := "0" // of a group
 	if v.state != stateRunning {
 		online = "1"

@@ -24,6 +24,11 @@ type disk struct {
 	layers []*layer
 	log    []write
 	tracks map[string]*track // by RCT id
+	under  []string          // the paths of parents that layers[0] had already, nearest first
+	// baseline is what the disk held when it was attached, nil for nothing;
+	// unknown says that it was too much to keep.
+	baseline *os.File
+	unknown  bool
 }
 
 // A layer is one file of a chain.
@@ -236,6 +241,26 @@ func (h *Host) merge(d *disk, n int) error {
 // replay writes what a guest would see after the first n writes. It knows
 // nothing of the files.
 func (d *disk) replay(n int, w io.WriterAt) error {
+	if d.unknown {
+		return fmt.Errorf("the disk held more than %d bytes when it was attached: what it must hold is not known", int64(maxBaseline))
+	}
+	if d.baseline != nil {
+		buf := make([]byte, mib)
+		for off := int64(0); ; {
+			n, err := d.baseline.ReadAt(buf, off)
+			if n > 0 {
+				if _, err := w.WriteAt(buf[:n], off); err != nil {
+					return fmt.Errorf("replaying: %w", err)
+				}
+			}
+			if off += int64(n); err == io.EOF {
+				break
+			}
+			if err != nil {
+				return fmt.Errorf("replaying: %w", err)
+			}
+		}
+	}
 	for _, wr := range d.log[:n] {
 		if _, err := w.WriteAt(wr.bytes(), wr.off); err != nil {
 			return fmt.Errorf("replaying: %w", err)
@@ -249,6 +274,9 @@ func (d *disk) whole(off int64, data []byte) write {
 	sector := d.top().file.sector
 	from, to := off/sector*sector, (off+int64(len(data))+sector-1)/sector*sector
 	w := write{off: from, n: to - from, data: make([]byte, to-from)}
+	if d.baseline != nil {
+		_, _ = d.baseline.ReadAt(w.data, from) // behind its end there are zeros
+	}
 	for _, old := range d.log {
 		if old.off < to && old.off+old.n > from {
 			p := old.bytes()

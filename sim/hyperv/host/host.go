@@ -29,20 +29,26 @@ type Options struct {
 	JobTime     time.Duration // how long a job takes: 50 ms
 	VolumeBytes int64         // size of C: as it is told
 	FreeBytes   int64         // 0 for what is left of VolumeBytes
-	Now         func() time.Time
+	Switches    []string      // names of virtual switches: "LAN"
+	// DataRoot and DiskRoot are where the host puts new VMs and new disks:
+	// C:\ProgramData\Microsoft\Windows\Hyper-V and
+	// C:\Users\Public\Documents\Hyper-V\Virtual Hard Disks.
+	DataRoot, DiskRoot string
+	Now                func() time.Time
 }
 
 // A Host is safe for concurrent use.
 type Host struct {
 	o Options
 
-	mu      sync.Mutex
-	vms     []*vm
-	jobs    []*job
-	trouble Trouble
-	running sync.WaitGroup
-	closed  bool
-	cluster *Cluster // nil if it is a node of none; not changed once it answers
+	mu       sync.Mutex
+	vms      []*vm
+	switches []netswitch
+	jobs     []*job
+	trouble  Trouble
+	running  sync.WaitGroup
+	closed   bool
+	cluster  *Cluster // nil if it is a node of none; not changed once it answers
 }
 
 // Trouble is what goes wrong on the host, by choice.
@@ -83,10 +89,28 @@ func New(o Options) (*Host, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	if len(o.Switches) == 0 {
+		o.Switches = []string{"LAN"}
+	}
+	if o.DataRoot == "" {
+		o.DataRoot = `C:\ProgramData\Microsoft\Windows\Hyper-V`
+	}
+	if o.DiskRoot == "" {
+		o.DiskRoot = `C:\Users\Public\Documents\Hyper-V\Virtual Hard Disks`
+	}
+	h := &Host{o: o}
+	for _, name := range o.Switches {
+		h.switches = append(h.switches, netswitch{id: newGUID(), name: name})
+	}
 	if err := os.MkdirAll(filepath.Join(o.Dir, "C"), 0o755); err != nil {
 		return nil, err
 	}
-	return &Host{o: o}, nil
+	for _, folder := range []string{o.DataRoot, o.DiskRoot} {
+		if err := os.MkdirAll(h.local(folder), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	return h, nil
 }
 
 // Close waits for jobs and closes the disks' files.
@@ -100,10 +124,8 @@ func (h *Host) Close() error {
 	var err error
 	for _, v := range h.vms {
 		for _, d := range v.disks() {
-			for _, l := range d.layers {
-				if e := l.file.close(); e != nil {
-					err = e
-				}
+			if e := h.detach(d); e != nil {
+				err = e
 			}
 		}
 	}
@@ -228,7 +250,7 @@ func (h *Host) Guest(ctx context.Context, name string, perSecond int, seed uint6
 
 func (h *Host) byName(name string) *vm {
 	for _, v := range h.vms {
-		if v.name == name || strings.EqualFold(v.id, name) {
+		if !v.planned && (v.name == name || strings.EqualFold(v.id, name)) {
 			return v
 		}
 	}

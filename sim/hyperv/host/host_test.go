@@ -93,7 +93,7 @@ func (b *bench) wait(ref cim.Ref) ([]cim.Ref, *cim.Instance) {
 		for _, job := range b.h.Instances(cim.Virtualization, ref.Class) {
 			switch {
 			case !job.Ref().Equal(ref):
-			case job.Get("JobState").Uint() == 7 || job.Get("JobState").Uint() == 10:
+			case job.Get("JobState").Uint() >= 7:
 				return created(), job
 			case before != nil:
 				b.Fatal("a job that still runs had told what it made")

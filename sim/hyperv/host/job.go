@@ -1,6 +1,8 @@
 package host
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -15,6 +17,7 @@ const (
 	codeFailed      = 32768
 	codeUnsupported = 32770
 	codeParameter   = 32773
+	codeInUse       = 32779 // of an import; the same number is codeNoFile of images
 	codeState       = 32775
 	codeNoFile      = 32779
 )
@@ -24,6 +27,7 @@ const (
 	jobRunning   = 4
 	jobCompleted = 7
 	jobException = 10
+	jobWarned    = 32768
 )
 
 // Effects of a job on an element.
@@ -91,9 +95,14 @@ func (h *Host) start(v *vm, method string, work func() ([]affected, error)) (res
 			rows, err = work()
 		}
 		j.ended, j.state, j.failure = h.o.Now(), jobCompleted, err
-		if err != nil {
+		var warned warnings
+		switch {
+		case errors.As(err, &warned):
+			j.state = jobWarned
+		case err != nil:
 			j.state = jobException
-		} else if !h.trouble.NoAffected {
+		}
+		if j.state != jobException && !h.trouble.NoAffected {
 			j.affected = rows
 		}
 		if v != nil {
@@ -124,7 +133,7 @@ func (h *Host) jobInstance(j *job) *cim.Instance {
 	}
 	seconds := int(until.Sub(j.began).Seconds())
 	i.Put("PercentComplete", cim.Number(percent)).Put("ElapsedTime", cim.Text(fmt.Sprintf("%08d%02d%02d%02d.000000:000", seconds/86400, seconds/3600%24, seconds/60%60, seconds%60)))
-	if j.failure != nil {
+	if j.failure != nil && j.state == jobException {
 		i.Put("ErrorCode", cim.Number(codeFailed)).Put("ErrorDescription", cim.Text(j.failure.Error())).Put("ErrorSummaryDescription", cim.Text(j.failure.Error())).
 			Put("OperationalStatus", cim.List("6")).Put("JobStatus", cim.Text("Exception"))
 	}
@@ -136,6 +145,22 @@ func (j *job) errors() []string {
 	if j.failure == nil {
 		return nil
 	}
-	e := cim.New(cim.Virtualization, "Msvm_Error").Put("Message", cim.Text(j.failure.Error())).Put("MessageID", cim.Text("32768")).Put("ErrorType", cim.Text("4")).Put("CIMStatusCode", cim.Text("1")).Put("ErrorSource", cim.Text("Hyper-V"))
-	return []string{e.Embedded()}
+	var list problems
+	var warned warnings
+	var one problem
+	switch {
+	case errors.As(j.failure, &warned):
+		list = warned.problems
+	case errors.As(j.failure, &list):
+	case errors.As(j.failure, &one):
+		list = problems{one}
+	default:
+		list = problems{{text: j.failure.Error()}}
+	}
+	var out []string
+	for _, p := range list {
+		e := cim.New(cim.Virtualization, "Msvm_Error").Put("Message", cim.Text(p.text)).Put("MessageID", cim.Text(cmp.Or(p.id, "32768"))).Put("ErrorType", cim.Text("4")).Put("CIMStatusCode", cim.Text("1")).Put("ErrorSource", cim.Text("Hyper-V"))
+		out = append(out, e.Embedded())
+	}
+	return out
 }

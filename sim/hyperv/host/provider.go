@@ -25,6 +25,10 @@ func (h *Host) Invoke(_ context.Context, target *cim.Instance, method cim.Method
 		"Msvm_ImageManagementService.GetVirtualHardDiskState":           h.diskState,
 		"Msvm_ImageManagementService.CreateVirtualHardDisk":             h.newDisk,
 		"Msvm_VirtualSystemManagementService.ModifySystemSettings":      h.modifySystem,
+		"Msvm_VirtualSystemManagementService.ImportSystemDefinition":    h.importSystem,
+		"Msvm_VirtualSystemManagementService.ImportSnapshotDefinitions": h.importSnapshots,
+		"Msvm_VirtualSystemManagementService.ValidatePlannedSystem":     h.validateSystem,
+		"Msvm_VirtualSystemManagementService.RealizePlannedSystem":      h.realize,
 		"Msvm_VirtualSystemManagementService.DefineSystem":              h.define,
 		"Msvm_VirtualSystemManagementService.AddResourceSettings":       h.add,
 		"Msvm_VirtualSystemManagementService.ModifyResourceSettings":    h.modify,
@@ -33,6 +37,8 @@ func (h *Host) Invoke(_ context.Context, target *cim.Instance, method cim.Method
 		"Msvm_ComputerSystem.RequestStateChange":                        func(a results) (results, uint32) { return h.changeState(target.Ref(), a) },
 		"Msvm_ConcreteJob.GetErrorEx":                                   func(results) (results, uint32) { return h.errorsOf(target), codeDone },
 		"Msvm_StorageJob.GetErrorEx":                                    func(results) (results, uint32) { return h.errorsOf(target), codeDone },
+		"Msvm_ConcreteJob.GetError":                                     func(results) (results, uint32) { return h.errorOf(target), codeDone },
+		"Msvm_StorageJob.GetError":                                      func(results) (results, uint32) { return h.errorOf(target), codeDone },
 	}[target.Class.Name+"."+method.Name]
 	if do == nil {
 		return nil, 0, wsman.NotSupported(fmt.Sprintf("%s.%s is not simulated", target.Class.Name, method.Name))
@@ -46,6 +52,14 @@ func (h *Host) errorsOf(target *cim.Instance) results {
 		if j.id == target.Get("InstanceID").String() {
 			return results{"Errors": cim.List(j.errors()...)}
 		}
+	}
+	return nil
+}
+
+// errorOf is the first of a job's errors.
+func (h *Host) errorOf(target *cim.Instance) results {
+	if list := h.errorsOf(target)["Errors"].Items; len(list) > 0 {
+		return results{"Error": cim.Text(list[0])}
 	}
 	return nil
 }
@@ -100,9 +114,19 @@ func (h *Host) services(put func(*cim.Instance)) {
 	for _, class := range []string{"Msvm_VirtualSystemManagementService", "Msvm_VirtualSystemSnapshotService", "Msvm_VirtualSystemReferencePointService", "Msvm_ImageManagementService"} {
 		put(cim.New(cim.Virtualization, class).Put("SystemName", cim.Text(h.o.Name)).Put("SystemCreationClassName", cim.Text("Msvm_ComputerSystem")))
 	}
+	put(cim.New(cim.Virtualization, "Msvm_VirtualSystemManagementServiceSettingData").Put("InstanceID", cim.Text("Microsoft:"+h.o.Name)).
+		Put("DefaultExternalDataRoot", cim.Text(h.o.DataRoot)).Put("DefaultVirtualHardDiskPath", cim.Text(h.o.DiskRoot)).
+		Put("MinimumMacAddress", cim.Text("00155D000000")).Put("MaximumMacAddress", cim.Text("00155D0000FF")))
+	for _, s := range h.switches {
+		put(s.instance())
+	}
 }
 
 func (h *Host) machine(v *vm, put func(*cim.Instance)) {
+	if v.planned {
+		h.plannedMachine(v, put)
+		return
+	}
 	vm := cim.New(cim.Virtualization, "Msvm_ComputerSystem").Put("Name", cim.Text(v.id)).Put("ElementName", cim.Text(v.name)).
 		Put("Caption", cim.Text("Virtual Machine")).Put("Description", cim.Text("Microsoft Virtual Machine")).
 		Put("EnabledState", cim.Number(v.state)).Put("RequestedState", cim.Text("12")).Put("OperationalStatus", cim.List("2")).Put("StatusDescriptions", cim.List("Operating normally")).
@@ -111,16 +135,8 @@ func (h *Host) machine(v *vm, put func(*cim.Instance)) {
 		vm.Put("OperationalStatus", cim.List("2", "32769")).Put("StatusDescriptions", cim.List("In service", "Creating checkpoint"))
 	}
 	put(vm)
-	associate := func(class, a string, from cim.Ref, b string, to cim.Ref) {
-		put(cim.New(cim.Virtualization, class).Put(a, cim.To(from)).Put(b, cim.To(to)))
-	}
-	configured := func(c *config) {
-		put(c.vssd.Clone())
-		for _, p := range c.parts {
-			put(p.Clone())
-			associate("Msvm_VirtualSystemSettingDataComponent", "GroupComponent", c.vssd.Ref(), "PartComponent", p.Ref())
-		}
-	}
+	associate := func(class, a string, from cim.Ref, b string, to cim.Ref) { put(association(class, a, from, b, to)) }
+	configured := func(c *config) { c.put(put) }
 	configured(v.config)
 	associate("Msvm_SettingsDefineState", "ManagedElement", v.ref(), "SettingData", v.config.vssd.Ref())
 	for n, s := range v.snapshots {
@@ -153,6 +169,30 @@ func (h *Host) machine(v *vm, put func(*cim.Instance)) {
 			kvp.Put("GuestIntrinsicExchangeItems", cim.List(exchanged("OSName", "Debian GNU/Linux"), exchanged("OSVersion", "6.1.0")))
 		}
 		device(kvp, "2A34B1C2-FD73-4043-8A5B-DD2159BC743F")
+	}
+}
+
+// plannedMachine is what there is of a planned system: it and its settings.
+func (h *Host) plannedMachine(v *vm, put func(*cim.Instance)) {
+	put(cim.New(cim.Virtualization, "Msvm_PlannedComputerSystem").Put("Name", cim.Text(v.id)).Put("ElementName", cim.Text(v.name)).Put("EnabledState", cim.Text("3")))
+	v.config.put(put)
+	put(association("Msvm_SettingsDefineState", "ManagedElement", v.ref(), "SettingData", v.config.vssd.Ref()))
+	for _, s := range v.snapshots {
+		s.config.put(put)
+		put(association("Msvm_SnapshotOfVirtualSystem", "Antecedent", v.ref(), "Dependent", s.config.vssd.Ref()))
+	}
+}
+
+func association(class, a string, from cim.Ref, b string, to cim.Ref) *cim.Instance {
+	return cim.New(cim.Virtualization, class).Put(a, cim.To(from)).Put(b, cim.To(to))
+}
+
+// put gives the settings and those of all resources.
+func (c *config) put(put func(*cim.Instance)) {
+	put(c.vssd.Clone())
+	for _, p := range c.parts {
+		put(p.Clone())
+		put(association("Msvm_VirtualSystemSettingDataComponent", "GroupComponent", c.vssd.Ref(), "PartComponent", p.Ref()))
 	}
 }
 

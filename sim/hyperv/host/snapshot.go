@@ -13,7 +13,7 @@ import (
 // createSnapshot is VSSS.CreateSnapshot.
 func (h *Host) createSnapshot(args results) (results, uint32) {
 	v := h.vmOf(args["AffectedSystem"])
-	if v == nil {
+	if v == nil || v.planned {
 		return nil, codeParameter
 	}
 	level := uint64(0)
@@ -52,7 +52,7 @@ func (h *Host) snapshot(v *vm, kind string, level uint64) (*snapshot, error) {
 	now := h.o.Now()
 	s.config.vssd.Put("VirtualSystemType", cim.Text(kind)).Put("ConfigurationID", cim.Text(s.config.id)).Put("CreationTime", h.stamp()).
 		Put("ElementName", cim.Text(fmt.Sprintf("%s - Backup - (%s)", v.name, now.Format("1/2/2006 - 3:04:05 PM")))).
-		Put("ConfigurationFile", cim.Text(`Snapshots\`+s.config.id+".vmcx")).Put("GuestStateFile", cim.Text(`Snapshots\`+s.config.id+".vmgs"))
+		Put("ConfigurationFile", cim.Text(`Snapshots\`+s.config.id+extDefinition)).Put("GuestStateFile", cim.Text(`Snapshots\`+s.config.id+extGuest))
 	if kind == userMade {
 		s.config.vssd.Put("ElementName", cim.Text(fmt.Sprintf("%s - (%s)", v.name, now.Format("1/2/2006 - 3:04:05 PM"))))
 	}
@@ -77,18 +77,29 @@ func (h *Host) snapshot(v *vm, kind string, level uint64) (*snapshot, error) {
 		}
 	}
 	v.snapshots = append(v.snapshots, s)
+	if kind == userMade {
+		v.config.vssd.Put("Parent", cim.Text(s.config.vssd.Ref().Path()))
+	}
 	v.remember("Microsoft:" + s.config.id)
 	v.placeAll()
-	return s, h.writeFiles(s.config)
+	return s, h.writeAll(v)
+}
+
+// writeAll writes the definitions of a VM and its checkpoints.
+func (h *Host) writeAll(v *vm) error {
+	err := h.writeFiles(v.config)
+	for _, s := range v.snapshots {
+		err = errors.Join(err, h.writeFiles(s.config))
+	}
+	return err
 }
 
 // drop takes a checkpoint away and merges what only it held apart.
 func (h *Host) drop(v *vm, s *snapshot) error {
-	at := slices.Index(v.snapshots, s)
-	if at < 0 {
+	if !slices.Contains(v.snapshots, s) {
 		return errors.New("the checkpoint is gone")
 	}
-	v.snapshots = slices.Delete(v.snapshots, at, at+1)
+	v.forget(s)
 	for _, d := range v.list {
 		l := s.frozen[d.id]
 		n := slices.Index(d.layers, l)
@@ -106,13 +117,26 @@ func (h *Host) drop(v *vm, s *snapshot) error {
 		}
 	}
 	v.placeAll()
-	stem := strings.TrimSuffix(h.local(s.config.vssd.Get("ConfigurationDataRoot").String()+`\`+s.config.vssd.Get("ConfigurationFile").String()), ".vmcx")
-	for _, ext := range []string{".vmcx", ".vmrs", ".vmgs"} {
-		if err := os.Remove(stem + ext); err != nil {
-			return err
+	return errors.Join(h.writeAll(v), h.removeFiles(s.config))
+}
+
+// forget takes a checkpoint out of the tree: what was based on it is based on
+// what it was based on.
+func (v *vm) forget(s *snapshot) {
+	v.snapshots = slices.DeleteFunc(v.snapshots, func(t *snapshot) bool { return t == s })
+	gone := s.config.vssd.Ref()
+	for _, i := range append([]*cim.Instance{v.config.vssd}, v.snapshotSettings()...) {
+		if ref, err := cim.ParsePath(i.Get("Parent").String(), cim.Virtualization); err == nil && ref.Equal(gone) {
+			i.Put("Parent", s.config.vssd.Get("Parent"))
 		}
 	}
-	return nil
+}
+
+func (v *vm) snapshotSettings() (list []*cim.Instance) {
+	for _, s := range v.snapshots {
+		list = append(list, s.config.vssd)
+	}
+	return list
 }
 
 // destroySnapshot is VSSS.DestroySnapshot.
@@ -122,6 +146,10 @@ func (h *Host) destroySnapshot(args results) (results, uint32) {
 		return nil, codeParameter
 	}
 	return h.start(v, "DestroySnapshot", func() ([]affected, error) {
+		if v.planned {
+			v.forget(s)
+			return nil, nil
+		}
 		for _, d := range v.list {
 			delete(d.tracks, s.rct[d.id])
 		}

@@ -1,10 +1,9 @@
 package host
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
-	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -24,6 +23,10 @@ const (
 	realized = "Microsoft:Hyper-V:System:Realized"
 	recovery = "Microsoft:Hyper-V:Snapshot:Recovery"
 	userMade = "Microsoft:Hyper-V:Snapshot:Realized"
+
+	systemPlanned   = "Microsoft:Hyper-V:System:Planned"
+	snapshotPlanned = "Microsoft:Hyper-V:Snapshot:Planned"
+	snapshotMissing = "Microsoft:Hyper-V:Snapshot:Missing"
 )
 
 // A Spec says what VM to make.
@@ -49,11 +52,15 @@ type DiskSpec struct {
 	Exists bool
 }
 
-// A vm is a virtual machine.
+// maxSnapshots is how many checkpoints a VM may have, as the product's limits say.
+const maxSnapshots = 50
+
+// A vm is a virtual machine, or a planned one.
 type vm struct {
 	id, name  string
-	root      string // the folder of its configuration
 	version   string
+	planned   bool
+	from      string // the definition file that a planned one was imported from
 	state     int
 	vss       bool
 	linux     bool
@@ -79,6 +86,7 @@ type config struct {
 type snapshot struct {
 	config  *config
 	kind    string
+	origin  string                       // the id that a planned one had before
 	frozen  map[string]*layer            // by disk
 	rct     map[string]string            // the id that begins here, by disk
 	changes map[string]map[string]*track // by disk and RCT id, up to here
@@ -98,7 +106,11 @@ type point struct {
 func (v *vm) disks() []*disk { return v.list }
 
 func (v *vm) ref() cim.Ref {
-	return cim.Ref{Namespace: cim.Virtualization, Class: "Msvm_ComputerSystem", Keys: map[string]string{"CreationClassName": "Msvm_ComputerSystem", "Name": v.id}}
+	class := "Msvm_ComputerSystem"
+	if v.planned {
+		class = "Msvm_PlannedComputerSystem"
+	}
+	return cim.Ref{Namespace: cim.Virtualization, Class: class, Keys: map[string]string{"CreationClassName": class, "Name": v.id}}
 }
 
 // tracks says whether the VM's configuration is new enough for change tracking.
@@ -111,12 +123,8 @@ func settingsRef(id string) cim.Ref {
 	return cim.Ref{Namespace: cim.Virtualization, Class: "Msvm_VirtualSystemSettingData", Keys: map[string]string{"InstanceID": "Microsoft:" + id}}
 }
 
-// newConfig makes the settings of a VM.
-func (h *Host) newConfig(v *vm, generation int) *config {
-	root := v.root
-	if root == "" {
-		root = `C:\VMs\` + v.name
-	}
+// newConfig makes the settings of a VM whose files are in root.
+func (h *Host) newConfig(v *vm, generation int, root string) *config {
 	vssd := cim.New(cim.Virtualization, "Msvm_VirtualSystemSettingData")
 	for name, value := range map[string]string{
 		"InstanceID": "Microsoft:" + v.id, "ElementName": v.name, "VirtualSystemIdentifier": v.id, "ConfigurationID": v.id, "VirtualSystemType": realized,
@@ -126,6 +134,9 @@ func (h *Host) newConfig(v *vm, generation int) *config {
 		"IncrementalBackupEnabled": strconv.FormatBool(v.tracks()), "SecureBootEnabled": strconv.FormatBool(generation == 2), "UserSnapshotType": "3", "AutomaticStartupAction": "4", "AutomaticShutdownAction": "3",
 	} {
 		vssd.Put(name, cim.Text(value))
+	}
+	if generation == 1 {
+		vssd.Put("BootOrder", cim.List("1", "2", "3", "0"))
 	}
 	return &config{id: v.id, vssd: vssd.Put("CreationTime", h.stamp()).Put("Notes", cim.List())}
 }
@@ -144,7 +155,7 @@ func (c *config) part(class, suffix, resourceType, subtype string) *cim.Instance
 func (h *Host) AddVM(s Spec) (string, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, root: s.Root, version: s.Version, state: stateRunning, vss: !s.NoVSS, linux: s.Linux, changed: h.stamp(), moments: map[string]map[string]int{}}
+	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, version: s.Version, state: stateRunning, vss: !s.NoVSS, linux: s.Linux, changed: h.stamp(), moments: map[string]map[string]int{}}
 	if v.id == "" {
 		v.id = newGUID()
 	}
@@ -158,27 +169,28 @@ func (h *Host) AddVM(s Spec) (string, error) {
 	if s.IDE {
 		generation, controller = 1, "ide"
 	}
-	c := h.newConfig(v, generation)
+	c := h.newConfig(v, generation, cmp.Or(s.Root, `C:\VMs\`+v.name))
 	v.config = c
 	c.part("Msvm_MemorySettingData", "4764334d-e001-4176-82ee-5594ec9b530e", "4", "Microsoft:Hyper-V:Memory").Put("VirtualQuantity", cim.Text("1024")).Put("AllocationUnits", cim.Text("byte * 2^20"))
 	c.part("Msvm_ProcessorSettingData", "b637f346-6a0e-4dec-af52-bd70cb80a21d", "3", "Microsoft:Hyper-V:Processor").Put("VirtualQuantity", cim.Text("2"))
-	c.part("Msvm_VssComponentSettingData", "5CED1297-4598-4915-A5FC-AD21BB4D02A4", "1", "").Put("EnabledState", cim.Text(map[bool]string{true: "2", false: "3"}[v.vss]))
+	c.services(v.vss)
 	nic := c.part("Msvm_SyntheticEthernetPortSettingData", newGUID(), "10", "Microsoft:Hyper-V:Synthetic Ethernet Port").Put("ElementName", cim.Text("Network Adapter")).Put("Address", cim.Text("00155D010203"))
 	_, nicID, _ := strings.Cut(nic.Get("InstanceID").String(), `\`)
-	c.part("Msvm_EthernetPortAllocationSettingData", nicID+`\C`, "33", "Microsoft:Hyper-V:Ethernet Connection").Put("Parent", cim.Text(nic.Ref().Path())).Put("EnabledState", cim.Text("2")).Put("LastKnownSwitchName", cim.Text("LAN"))
+	c.part("Msvm_EthernetPortAllocationSettingData", nicID+`\C`, "33", "Microsoft:Hyper-V:Ethernet Connection").Put("Parent", cim.Text(nic.Ref().Path())).Put("EnabledState", cim.Text("2")).
+		Put("HostResource", cim.List(h.switches[0].instance().Ref().Path())).Put("LastKnownSwitchName", cim.Text(h.switches[0].name))
 	controllers := map[string]*cim.Instance{}
+	if s.IDE {
+		c.ide()
+		controllers["ide"] = c.parts[len(c.parts)-2]
+	}
 	for n, d := range s.Disks {
 		slot := n
 		if controllers[controller] == nil {
-			resource, subtype := "6", "Microsoft:Hyper-V:Synthetic SCSI Controller"
-			if controller == "ide" {
-				resource, subtype = "5", "Microsoft:Hyper-V:Emulated IDE Controller"
-			}
-			controllers[controller] = c.part("Msvm_ResourceAllocationSettingData", newGUID()+`\0`, resource, subtype).Put("Address", cim.Text("0"))
+			controllers[controller] = c.part("Msvm_ResourceAllocationSettingData", newGUID()+`\0`, "6", "Microsoft:Hyper-V:Synthetic SCSI Controller")
 		}
 		parent := controllers[controller]
 		_, base, _ := strings.Cut(parent.Get("InstanceID").String(), `\`)
-		base = strings.TrimSuffix(base, `\0`) + fmt.Sprintf(`\0\%d`, slot)
+		base += fmt.Sprintf(`\%d`, slot)
 		if controller == "ide" {
 			controller = "scsi" // only the first disk
 		}
@@ -203,35 +215,20 @@ func (h *Host) AddVM(s Spec) (string, error) {
 	return v.id, h.writeFiles(c)
 }
 
-// writeFiles makes a configuration's files. Their content is this simulator's
-// own: what is in a real one nobody says.
-func (h *Host) writeFiles(c *config) error {
-	root, file := c.vssd.Get("ConfigurationDataRoot").String(), c.vssd.Get("ConfigurationFile").String()
-	stem := strings.TrimSuffix(h.local(root+`\`+file), ".vmcx")
-	if err := os.MkdirAll(filepath.Dir(stem), 0o755); err != nil {
-		return err
-	}
-	var b strings.Builder
-	b.WriteString("simulated configuration\n" + c.vssd.Embedded() + "\n")
-	for _, p := range c.parts {
-		b.WriteString(p.Embedded() + "\n")
-	}
-	for ext, content := range map[string]string{".vmcx": b.String(), ".vmrs": "simulated run-time state\n", ".vmgs": "simulated guest state\n"} {
-		if err := os.WriteFile(stem+ext, []byte(content), 0o644); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // copy makes a checkpoint's settings of c, with another id everywhere.
 func (c *config) copy(id string) *config {
 	rename := func(i *cim.Instance) *cim.Instance {
 		i = i.Clone()
-		for _, name := range []string{"InstanceID", "Parent"} {
-			if v := i.Get(name); v.Set {
-				i.Put(name, cim.Text(strings.ReplaceAll(v.String(), "Microsoft:"+c.id, "Microsoft:"+id)))
+		for _, name := range []string{"InstanceID", "Parent", "BootSourceOrder"} {
+			v := i.Get(name)
+			if !v.Set {
+				continue
 			}
+			items := make([]string, len(v.Items))
+			for n, text := range v.Items {
+				items[n] = strings.ReplaceAll(text, "Microsoft:"+c.id, "Microsoft:"+id)
+			}
+			i.Put(name, cim.List(items...))
 		}
 		return i
 	}
