@@ -65,7 +65,7 @@ func (h *Host) importSystem(args results) (results, uint32) {
 		if slices.ContainsFunc(h.vms, func(v *vm) bool { return strings.EqualFold(v.id, id) }) {
 			return nil, problem{text: "The operation failed because a virtual machine with the same identifier already exists. Select a new identifier and try the operation again."}
 		}
-		v := &vm{id: id, planned: true, from: file, state: stateOff, changed: h.stamp(), moments: map[string]map[string]int{}, config: c.copy(id)}
+		v := &vm{id: id, planned: true, from: file, guest: guestOf(Spec{}), state: stateOff, changed: h.stamp(), moments: map[string]map[string]int{}, config: c.copy(id)}
 		v.adopt()
 		h.findSwitches(v.config)
 		h.vms = append(h.vms, v)
@@ -102,12 +102,6 @@ func (v *vm) adopt() {
 	for name, value := range map[string]string{"VirtualSystemType": systemPlanned, "VirtualSystemIdentifier": v.id, "ConfigurationID": v.id,
 		"ConfigurationFile": `Virtual Machines\` + v.id + extDefinition, "GuestStateFile": `Virtual Machines\` + v.id + extGuest} {
 		s.Put(name, cim.Text(value))
-	}
-	// A guest's services are told of by its settings.
-	for _, p := range v.config.parts {
-		if p.Class.Is("Msvm_VssComponentSettingData") {
-			v.vss = p.Get("EnabledState").Uint() == 2
-		}
 	}
 }
 

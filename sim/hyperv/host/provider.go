@@ -153,22 +153,7 @@ func (h *Host) machine(v *vm, put func(*cim.Instance)) {
 		associate("Msvm_ReferencePointOfVirtualSystem", "Antecedent", v.ref(), "Dependent", i.Ref())
 	}
 	if v.state == stateRunning {
-		device := func(i *cim.Instance, id string) {
-			put(i.Put("SystemName", cim.Text(v.id)).Put("DeviceID", cim.Text("Microsoft:"+v.id+`\`+id)))
-			associate("Msvm_SystemDevice", "GroupComponent", v.ref(), "PartComponent", i.Ref())
-		}
-		vss := cim.New(cim.Virtualization, "Msvm_VssComponent")
-		if !v.vss {
-			vss.Put("OperationalStatus", cim.List("12")).Put("StatusDescriptions", cim.List("No Contact"))
-		}
-		device(vss, "5CED1297-4598-4915-A5FC-AD21BB4D02A4")
-		kvp := cim.New(cim.Virtualization, "Msvm_KvpExchangeComponent")
-		if !v.linux {
-			kvp.Put("GuestIntrinsicExchangeItems", cim.List(exchanged("OSName", "Windows Server 2022 Datacenter"), exchanged("OSPlatformId", "2"), exchanged("OSVersion", "10.0.20348")))
-		} else {
-			kvp.Put("GuestIntrinsicExchangeItems", cim.List(exchanged("OSName", "Debian GNU/Linux"), exchanged("OSVersion", "6.1.0")))
-		}
-		device(kvp, "2A34B1C2-FD73-4043-8A5B-DD2159BC743F")
+		v.components(put)
 	}
 }
 
@@ -194,11 +179,6 @@ func (c *config) put(put func(*cim.Instance)) {
 		put(p.Clone())
 		put(association("Msvm_VirtualSystemSettingDataComponent", "GroupComponent", c.vssd.Ref(), "PartComponent", p.Ref()))
 	}
-}
-
-// exchanged is what a guest tells of itself.
-func exchanged(name, data string) string {
-	return cim.New(cim.Virtualization, "Msvm_KvpExchangeDataItem").Put("Name", cim.Text(name)).Put("Data", cim.Text(data)).Put("Source", cim.Text("2")).Embedded()
 }
 
 func (h *Host) system(put func(*cim.Instance)) {

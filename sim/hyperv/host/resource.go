@@ -42,14 +42,6 @@ func (c *config) ide() {
 	}
 }
 
-// services adds the integration services.
-func (c *config) services(vss bool) {
-	state := map[bool]string{true: "2", false: "3"}
-	c.part("Msvm_VssComponentSettingData", "5CED1297-4598-4915-A5FC-AD21BB4D02A4", "1", "").Put("EnabledState", cim.Text(state[vss]))
-	c.part("Msvm_KvpExchangeComponentSettingData", "2A34B1C2-FD73-4043-8A5B-DD2159BC743F", "1", "").Put("EnabledState", cim.Text("2"))
-	c.part("Msvm_ShutdownComponentSettingData", "9F8233AC-BE49-4C79-8EE3-E7E1985B2077", "1", "").Put("EnabledState", cim.Text("2"))
-}
-
 // find is the resource of that path or reference.
 func (c *config) find(ref cim.Ref) *cim.Instance {
 	at := slices.IndexFunc(c.parts, func(i *cim.Instance) bool { return i.Ref().Equal(ref) })
@@ -269,8 +261,6 @@ func (h *Host) modifyPart(v *vm, s *cim.Instance) error {
 		if err := h.connect(next); err != nil {
 			return err
 		}
-	case p.Class.Is("Msvm_VssComponentSettingData"):
-		v.vss = next.Get("EnabledState").Uint() == 2
 	case p.Class.Is("Msvm_ProcessorSettingData") && changed("VirtualQuantity"), p.Class.Is("Msvm_MemorySettingData") && changed("DynamicMemoryEnabled"),
 		p.Class.Is("Msvm_SyntheticEthernetPortSettingData") && changed("Address"):
 		if v.state != stateOff {

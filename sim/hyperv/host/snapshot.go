@@ -16,7 +16,7 @@ func (h *Host) createSnapshot(args results) (results, uint32) {
 	if v == nil || v.planned {
 		return nil, codeParameter
 	}
-	level := uint64(0)
+	var asked Request
 	if text := args["SnapshotSettings"].String(); text != "" {
 		s, err := cim.ParseEmbedded(cim.Virtualization, text)
 		switch {
@@ -25,14 +25,17 @@ func (h *Host) createSnapshot(args results) (results, uint32) {
 		case err != nil || !s.Class.Is("Msvm_VirtualSystemSnapshotSettingData"):
 			return nil, codeParameter
 		}
-		level = s.Get("ConsistencyLevel").Uint()
+		asked.ConsistencyLevel, asked.GuestBackupType = s.Get("ConsistencyLevel").Uint(), s.Get("GuestBackupType").Uint()
 	}
-	kind := map[uint64]string{2: userMade, 32768: recovery}[args["SnapshotType"].Uint()]
-	if kind == "" {
+	asked.SnapshotType = args["SnapshotType"].Uint()
+	kind := map[uint64]string{2: userMade, 32768: recovery}[asked.SnapshotType]
+	if kind == "" || asked.ConsistencyLevel > 2 || asked.GuestBackupType > 2 {
 		return nil, codeParameter
 	}
+	v.requests = append(v.requests, asked)
+	level := asked.ConsistencyLevel
 	return h.start(v, "CreateSnapshot", func() ([]affected, error) {
-		if level == 1 && v.state == stateRunning && !v.vss {
+		if level == 1 && v.state == stateRunning && !v.freezes() {
 			return nil, fmt.Errorf("'%s' could not initiate a checkpoint operation: the guest's backup service is not there (0x80070015)", v.name)
 		}
 		if h.trouble.Downgrade && level == 1 {

@@ -197,7 +197,7 @@ func (h *Host) define(args results) (results, uint32) {
 		}
 		resources = append(resources, r)
 	}
-	v := &vm{id: newGUID(), name: s.Get("ElementName").String(), version: "10.0", state: stateOff, vss: true, changed: h.stamp(), moments: map[string]map[string]int{}}
+	v := &vm{id: newGUID(), name: s.Get("ElementName").String(), version: "10.0", state: stateOff, guest: guestOf(Spec{}), changed: h.stamp(), moments: map[string]map[string]int{}}
 	if v.name == "" {
 		v.name = "New Virtual Machine"
 	}
@@ -213,7 +213,7 @@ func (h *Host) define(args results) (results, uint32) {
 	names := slices.Concat(writable, writableBefore)
 	v.config.part("Msvm_MemorySettingData", "4764334d-e001-4176-82ee-5594ec9b530e", "4", "Microsoft:Hyper-V:Memory").Put("VirtualQuantity", cim.Text("1024")).Put("AllocationUnits", cim.Text("byte * 2^20"))
 	v.config.part("Msvm_ProcessorSettingData", "b637f346-6a0e-4dec-af52-bd70cb80a21d", "3", "Microsoft:Hyper-V:Processor").Put("VirtualQuantity", cim.Text("1"))
-	v.config.services(true)
+	v.config.services()
 	if generation == 1 {
 		v.config.ide()
 	}

@@ -35,7 +35,7 @@ type Spec struct {
 	ID      string // a GUID; new if empty
 	Version string // of the configuration: "10.0"
 	Off     bool
-	NoVSS   bool   // the guest has no backup service
+	NoVSS   bool   // the guest has no backup service; SetGuest says more
 	Linux   bool   // the guest is not Windows
 	IDE     bool   // generation 1, the first disk on IDE
 	Root    string // the folder of all its files; "C:\VMs\" and its name if empty
@@ -62,8 +62,8 @@ type vm struct {
 	planned   bool
 	from      string // the definition file that a planned one was imported from
 	state     int
-	vss       bool
-	linux     bool
+	guest     Guest
+	requests  []Request
 	changed   cim.Value // when state last did
 	config    *config
 	snapshots []*snapshot
@@ -155,7 +155,7 @@ func (c *config) part(class, suffix, resourceType, subtype string) *cim.Instance
 func (h *Host) AddVM(s Spec) (string, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, version: s.Version, state: stateRunning, vss: !s.NoVSS, linux: s.Linux, changed: h.stamp(), moments: map[string]map[string]int{}}
+	v := &vm{id: strings.ToUpper(s.ID), name: s.Name, version: s.Version, state: stateRunning, guest: guestOf(s), changed: h.stamp(), moments: map[string]map[string]int{}}
 	if v.id == "" {
 		v.id = newGUID()
 	}
@@ -173,7 +173,7 @@ func (h *Host) AddVM(s Spec) (string, error) {
 	v.config = c
 	c.part("Msvm_MemorySettingData", "4764334d-e001-4176-82ee-5594ec9b530e", "4", "Microsoft:Hyper-V:Memory").Put("VirtualQuantity", cim.Text("1024")).Put("AllocationUnits", cim.Text("byte * 2^20"))
 	c.part("Msvm_ProcessorSettingData", "b637f346-6a0e-4dec-af52-bd70cb80a21d", "3", "Microsoft:Hyper-V:Processor").Put("VirtualQuantity", cim.Text("2"))
-	c.services(v.vss)
+	c.services()
 	nic := c.part("Msvm_SyntheticEthernetPortSettingData", newGUID(), "10", "Microsoft:Hyper-V:Synthetic Ethernet Port").Put("ElementName", cim.Text("Network Adapter")).Put("Address", cim.Text("00155D010203"))
 	_, nicID, _ := strings.Cut(nic.Get("InstanceID").String(), `\`)
 	c.part("Msvm_EthernetPortAllocationSettingData", nicID+`\C`, "33", "Microsoft:Hyper-V:Ethernet Connection").Put("Parent", cim.Text(nic.Ref().Path())).Put("EnabledState", cim.Text("2")).
