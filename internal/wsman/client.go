@@ -21,7 +21,7 @@ func (c *Client) Get(ctx context.Context, ref Ref) (*Instance, error) {
 		in, err = decodeObject(answer)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("get %s: %w", ref, err)
+		return nil, about("get "+ref.String(), err)
 	}
 	return in, nil
 }

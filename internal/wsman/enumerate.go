@@ -75,7 +75,7 @@ func objects(what string, items iter.Seq2[*element, error]) iter.Seq2[*Instance,
 				in, err = decodeObject(e)
 			}
 			if err != nil {
-				yield(nil, fmt.Errorf("%s: %w", what, err))
+				yield(nil, about(what, err))
 				return
 			}
 			if !yield(in, nil) {
@@ -83,6 +83,17 @@ func objects(what string, items iter.Seq2[*element, error]) iter.Seq2[*Instance,
 			}
 		}
 	}
+}
+
+// about says of an error to which request it was the answer. Of the way to the
+// host it is about none, and the request would only hide it.
+func about(request string, err error) error {
+	var cut *ConnectionError
+	var who *SignInError
+	if errors.As(err, &cut) || errors.As(err, &who) {
+		return err
+	}
+	return fmt.Errorf("%s: %w", request, err)
 }
 
 // enumerate gives the items of an enumeration as elements.

@@ -27,12 +27,28 @@ type client struct {
 	patience time.Duration
 }
 
+// query gives all instances that a query finds. It only reads: where the
+// connection ended between two pages, all of it is asked for again, since what
+// the lost page held nobody would miss.
 func (c *client) query(ctx context.Context, wql string) (out []object, err error) {
-	for in, err := range c.Query(ctx, wql) {
-		if err != nil {
+	for tries := 0; ; tries++ {
+		out, err = nil, nil
+		for in, one := range c.Query(ctx, wql) {
+			if err = one; err != nil {
+				break
+			}
+			out = append(out, object{in})
+		}
+		var cut *wsman.ConnectionError
+		if err == nil || tries == 2 || !errors.As(err, &cut) || !cut.Sent || errors.Is(err, wsman.ErrTimedOut) {
+			break
+		}
+		if err := sleep(ctx, c.poll); err != nil {
 			return nil, err
 		}
-		out = append(out, object{in})
+	}
+	if err != nil {
+		return nil, err
 	}
 	return out, nil
 }
