@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/url"
 	"os"
@@ -12,12 +13,15 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/backstay/backstay/internal/smb/smbtest"
 	sim "github.com/backstay/backstay/sim/hyperv"
+	"github.com/backstay/backstay/sim/hyperv/cim"
 	"github.com/backstay/backstay/sim/hyperv/host"
+	simwsman "github.com/backstay/backstay/sim/hyperv/wsman"
 )
 
 // hasSamba says whether a script may have a host whose files a Samba serves.
@@ -40,7 +44,61 @@ type simulated struct {
 	host *host.Host
 	vm   string
 	seed uint64
+	dir  string // of its volumes
+
+	mu    sync.Mutex
+	spoil map[string]func() simwsman.Trouble // requests, by the end of their action
 }
+
+// fault spoils a request that a script wants spoilt.
+func (h *simulated) fault(action string) simwsman.Trouble {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	do := h.spoil[action[strings.LastIndexByte(action, '/')+1:]]
+	if do == nil {
+		return simwsman.None
+	}
+	return do()
+}
+
+// call has the host carry out a method, as its own console would, and waits for
+// its job. Of a VM's methods it is that of the script's.
+func (h *simulated) call(class, method string, args map[string]cim.Value) {
+	for _, i := range h.host.Instances(cim.Virtualization, class) {
+		if m, ok := i.Class.Method(method); ok && (class != "Msvm_ComputerSystem" || i.Get("ElementName").String() == h.vm) {
+			h.host.Invoke(context.Background(), i, m, args)
+			break
+		}
+	}
+	h.settled()
+}
+
+// machine names the VM.
+func (h *simulated) machine() cim.Value {
+	for _, i := range h.host.Instances(cim.Virtualization, "Msvm_ComputerSystem") {
+		if i.Get("ElementName").String() == h.vm {
+			return cim.To(i.Ref())
+		}
+	}
+	return cim.Value{}
+}
+
+// settled waits until no job of the host's goes on.
+func (h *simulated) settled() {
+	for {
+		busy := false
+		for _, i := range h.host.Instances(cim.Virtualization, "Msvm_ConcreteJob") {
+			busy = busy || i.Get("JobState").Uint() == 4
+		}
+		if !busy {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// troubles are what a script may ask for, by name.
+var troubles = map[string]simwsman.Trouble{"drop": simwsman.Drop, "drop-answer": simwsman.DropAnswer, "401": simwsman.Unauthorized, "html": simwsman.HTML, "503": simwsman.Unavailable}
 
 // hypervCmds are the commands of scripts with a simulated Hyper-V host.
 func hypervCmds() map[string]func(*testscript.TestScript, bool, []string) {
@@ -66,7 +124,7 @@ func hypervCmds() map[string]func(*testscript.TestScript, bool, []string) {
 			samba, err := smbtest.Start(context.Background(), smbtest.Options{Dir: filepath.Join(dir, "C")})
 			ts.Check(err)
 			ts.Defer(func() { samba.Stop() })
-			h, err := host.New(host.Options{Dir: dir})
+			h, err := host.New(host.Options{Dir: dir, JobTime: time.Millisecond})
 			ts.Check(err)
 			ts.Defer(func() { h.Close() })
 			mib, ok := strings.CutSuffix(args[1], "M")
@@ -75,7 +133,9 @@ func hypervCmds() map[string]func(*testscript.TestScript, bool, []string) {
 			}
 			_, err = h.AddVM(host.Spec{Name: args[0], Disks: []host.DiskSpec{{Bytes: number(ts, mib) << 20}}})
 			ts.Check(err)
-			e, err := sim.Serve(h, "HV01", sim.Options{User: smbtest.User, Password: smbtest.Password})
+			here := &simulated{host: h, vm: args[0], dir: dir, spoil: map[string]func() simwsman.Trouble{}}
+			hosts.Store(ts.Getenv("WORK"), here)
+			e, err := sim.Serve(h, "HV01", sim.Options{User: smbtest.User, Password: smbtest.Password, Fault: here.fault})
 			ts.Check(err)
 			ts.Defer(func() { e.Close() })
 			u, err := url.Parse(e.URL)
@@ -87,7 +147,81 @@ func hypervCmds() map[string]func(*testscript.TestScript, bool, []string) {
 			ts.Setenv("HV_UNPINNED", query)
 			ts.Setenv("HV_QUERY", query+"&fingerprint=sha256:"+e.Fingerprint)
 			ts.Setenv("HV", at+"?"+query+"&fingerprint=sha256:"+e.Fingerprint)
-			hosts.Store(ts.Getenv("WORK"), &simulated{host: h, vm: args[0]})
+			ts.Check(os.WriteFile(ts.MkAbs("ca.pem"), e.Certificate, 0o644))
+			old, err := sim.Serve(h, "HV01", sim.Options{User: smbtest.User, Password: smbtest.Password, Expired: true})
+			ts.Check(err)
+			ts.Defer(func() { old.Close() })
+			u, err = url.Parse(old.URL)
+			ts.Check(err)
+			ts.Check(os.WriteFile(ts.MkAbs("expired.pem"), old.Certificate, 0o644))
+			ts.Setenv("HV_EXPIRED", smbtest.User+"@"+u.Host)
+		},
+		// hyperv-trouble WHAT [ARG…]: what goes wrong from now on; nothing without
+		// WHAT.
+		"hyperv-trouble": func(ts *testscript.TestScript, neg bool, args []string) {
+			h := of(ts)
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			clear(h.spoil)
+			h.host.SetTrouble(func(t *host.Trouble) {
+				*t = host.Trouble{}
+				if len(args) == 0 {
+					return
+				}
+				switch what := args[0]; what {
+				case "request": // ACTION TROUBLE TIMES, or 0 for ever
+					left := int(number(ts, args[3]))
+					always := left == 0
+					h.spoil[args[1]] = func() simwsman.Trouble {
+						if left--; left < 0 && !always {
+							return simwsman.None
+						}
+						return troubles[args[2]]
+					}
+				case "fail-job": // METHOD TEXT
+					t.FailJob = map[string]string{args[1]: args[2]}
+				case "unequal-arrays":
+					t.UnequalArrays = true
+				case "short-answers":
+					t.ShortAnswers = 1 << 20
+				case "lose-tracking":
+					go h.host.LoseTracking()
+				case "delete-vm": // when ACTION is asked for
+					h.spoil[args[1]] = sync.OnceValue(func() simwsman.Trouble {
+						vm := h.machine()
+						h.call("Msvm_ComputerSystem", "RequestStateChange", map[string]cim.Value{"RequestedState": cim.Text("3")})
+						h.call("Msvm_VirtualSystemManagementService", "DestroySystem", map[string]cim.Value{"AffectedSystem": vm})
+						return simwsman.None
+					})
+				default:
+					ts.Fatalf("no trouble %s", what)
+				}
+			})
+		},
+		// hyperv-add NAME: a further VM of that name.
+		"hyperv-add": func(ts *testscript.TestScript, neg bool, args []string) {
+			n := len(of(ts).host.Instances(cim.Virtualization, "Msvm_ComputerSystem"))
+			_, err := of(ts).host.AddVM(host.Spec{Name: args[0], Disks: []host.DiskSpec{{Path: fmt.Sprintf(`C:\VMs\more\%d.vhdx`, n), Bytes: 4 << 20}}})
+			ts.Check(err)
+		},
+		// hyperv-tidy N: nothing of a backup is left on the host but N reference
+		// points.
+		"hyperv-tidy": func(ts *testscript.TestScript, neg bool, args []string) {
+			h := of(ts)
+			for _, i := range h.host.Instances(cim.Virtualization, "Msvm_VirtualSystemSettingData") {
+				if i.Get("VirtualSystemType").String() == "Microsoft:Hyper-V:Snapshot:Recovery" {
+					ts.Fatalf("the host has the checkpoint %s", i.Get("ElementName"))
+				}
+			}
+			if got := len(h.host.Instances(cim.Virtualization, "Msvm_VirtualSystemReferencePoint")); got != int(number(ts, args[0])) {
+				ts.Fatalf("the host has %d reference points, want %s", got, args[0])
+			}
+			ts.Check(filepath.WalkDir(h.dir, func(file string, _ fs.DirEntry, err error) error {
+				if strings.HasSuffix(file, ".avhdx") {
+					return fmt.Errorf("the host has %s", file)
+				}
+				return err
+			}))
 		},
 		// hyperv-write OFFSET BYTES: the guest writes, something else each time.
 		"hyperv-write": func(ts *testscript.TestScript, neg bool, args []string) {

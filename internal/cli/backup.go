@@ -34,6 +34,7 @@ type backupOptions struct {
 	scratchDir  string
 	freezeHook  bool
 	savedState  bool
+	truncate    bool
 	mergeWait   time.Duration
 	host        credentials
 }
@@ -67,6 +68,9 @@ the shares that the source names. After ? a source may say
   auth=basic               instead of NTLM
   smb=HOST:PORT            where the files are reached, if not at HOST
   share=C:\FOLDER=SHARE    what is below FOLDER is in the share SHARE
+With --truncate-logs the applications in a Windows guest (SQL Server, Exchange)
+truncate their logs as after a backup of their own, when the checkpoint is made:
+before the restore point is there. Without it, their logs stay as they are.
 hyperv+http:// is WinRM over HTTP, with every message sealed. DOMAIN\USER is
 written DOMAIN%5CUSER; a name that two VMs have gives way to their GUIDs.`,
 		Example: `  backstay backup kvm:///system/web01 --repo /srv/backup
@@ -91,6 +95,7 @@ written DOMAIN%5CUSER; a name that two VMs have gives way to their GUIDs.`,
 	f.StringVar(&o.scratchDir, "scratch-dir", "", "directory on the host for what guests overwrite meanwhile (default /var/lib/libvirt/backstay)")
 	f.BoolVar(&o.freezeHook, "freeze-hook-configured", false, "the guests' agents run a freeze hook, also where the agent does not let that be seen")
 	f.BoolVar(&o.savedState, "allow-saved-state", false, "where a Hyper-V host can make no other checkpoint, one that saves the guest's memory will do")
+	f.BoolVar(&o.truncate, "truncate-logs", false, "have applications in a Windows guest of Hyper-V truncate their logs; only with an application-consistent restore point")
 	f.DurationVar(&o.mergeWait, "merge-wait", time.Hour, "watch a Hyper-V host merge what the guest wrote meanwhile for this long")
 	addHostFlags(f, &o.host)
 	f.Float64Var(&o.audit, "audit", backup.DefaultAudit*100, "percent of the chunks called unchanged that are re-read and compared; 0 for none")
@@ -148,6 +153,16 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 	if len(files) == 0 && (o.format != "" || o.parents.parents) {
 		return usage("--format and --parents are of image files, and none is named")
 	}
+	if o.truncate {
+		if c != vm.RequireApplication && c != vm.PreferApplication {
+			return usage("--truncate-logs needs --consistency require-application or prefer-application")
+		}
+		for _, s := range append(slices.Clone(files), vms...) {
+			if s.kind() != "hyperv" {
+				return usage("--truncate-logs: %s is no VM of a Hyper-V host", s.text)
+			}
+		}
+	}
 	if o.vm != "" && (len(vms) > 1 || len(vms) == 1 && len(files) > 0) {
 		return usage("--vm names one VM, and the sources are several")
 	}
@@ -182,7 +197,7 @@ func (a *app) backup(ctx context.Context, o backupOptions, args []string) error 
 		if d == nil {
 			d, err = a.openDriver(ctx, s, driverOptions{host: o.host,
 				kvm:    kvm.Options{ScratchDir: o.scratchDir, FreezeHook: o.freezeHook},
-				hyperv: hyperv.Options{AllowSavedState: o.savedState, MergeWait: o.mergeWait}})
+				hyperv: hyperv.Options{AllowSavedState: o.savedState, TruncateLogs: o.truncate, MergeWait: o.mergeWait}})
 			if err != nil {
 				// The other VMs may live on other hosts.
 				failed = append(failed, backup.Result{VM: s.vm, Job: backup.Job{Name: s.vm, Source: s.text}, Err: fmt.Errorf("back up %s: %w", s.vm, err)})

@@ -46,6 +46,8 @@ func hypervHint(err error) string {
 			strings.ReplaceAll(cert.Fingerprint.String(), ":", ""))
 	case errors.As(err, &who):
 		return "check the user (DOMAIN%5CUSER for one of a domain) and --host-password-file; a local account other than Administrator also has to be in the groups Hyper-V Administrators and Remote Management Users"
+	case errors.As(err, new(*hyperv.DiskError)) && (errors.Is(err, fault.ErrCorrupt) || errors.Is(err, fault.ErrNotFound)):
+		return `the disk's files on the host do not hold together; the repository is not touched: see there with "Get-VHD" and "Test-VHD" which file is damaged or missing`
 	case errors.As(err, &files) && errors.Is(err, fault.ErrDenied):
 		return `C$ and its like are for administrators alone: give the user a share of the VMs' folder, and write the source with ?share=C:\VMs=SHARE`
 	case errors.As(err, &files):
@@ -62,15 +64,12 @@ func hypervHint(err error) string {
 		return "make room on that volume of the host: its VMs are paused when it is full; nothing of the backup is left there"
 	case errors.Is(err, hyperv.ErrDelta):
 		return "back it up at a quieter time, or allow more with --max-delta; nothing of the backup is left on the host"
-	case errors.Is(err, fault.ErrConsistency) && fromHyperV(err):
-		return "see in the guest that the Hyper-V integration services run (Volume Shadow Copy Requestor, Data Exchange), or allow a lower grade with --consistency"
+	case errors.As(err, new(*hyperv.AmbiguousError)):
+		return "write its GUID instead of its name: hyperv://USER@HOST/GUID"
+	case errors.As(err, new(*hyperv.UnknownError)):
+		return "if no other product was at it, delete that checkpoint on the host: Get-VMSnapshot -VMName NAME -SnapshotType Recovery | Remove-VMSnapshot; it grows until then"
+	case errors.As(err, new(*hyperv.GradeError)):
+		return "see in the guest that the Hyper-V integration services run (Volume Shadow Copy Requestor, Data Exchange), and what its event log says of VSS; or allow a lower grade with --consistency"
 	}
 	return ""
-}
-
-// fromHyperV says whether the host's own answers are in err.
-func fromHyperV(err error) bool {
-	var job *hyperv.JobError
-	var code *hyperv.ReturnError
-	return errors.As(err, &job) || errors.As(err, &code)
 }

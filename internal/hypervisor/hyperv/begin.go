@@ -212,7 +212,7 @@ func (d *Driver) checkSpace(ctx context.Context, file string) error {
 }
 
 // freeze makes the checkpoint, as still as the guest allows and policy asks.
-func (b *beginning) freeze(ctx context.Context) error {
+func (b *beginning) freeze(ctx context.Context) (err error) {
 	modern, err := b.d.hasReferencePoints(ctx)
 	if err != nil {
 		return err
@@ -234,6 +234,12 @@ func (b *beginning) freeze(ctx context.Context) error {
 	if err := b.accept(grade, b.ready.why); err != nil {
 		return err
 	}
+	defer func() {
+		if b.d.truncateLogs && err == nil && b.grade != vm.GradeApplication {
+			b.warn("do not count on the applications' logs having been truncated: the restore point is %s-consistent only", b.grade)
+		}
+	}()
+	b.t.truncate = b.d.truncateLogs && grade == vm.GradeApplication
 	err = b.make(ctx, level, grade)
 	if level == levelApplication && refusedByHost(err) && ctx.Err() == nil {
 		// The guest did not hold still.
@@ -243,6 +249,7 @@ func (b *beginning) freeze(ctx context.Context) error {
 		if err := b.undo(ctx); err != nil {
 			return err
 		}
+		b.t.truncate = false
 		err = b.make(ctx, levelCrash, vm.GradeCrash)
 	}
 	if b.d.savedState && b.sys.state == stateRunning && refusedByHost(err) && ctx.Err() == nil {
@@ -267,8 +274,20 @@ func (b *beginning) accept(grade vm.Grade, why string) error {
 	if warning != "" {
 		b.warn("%s", warning)
 	}
-	return err
+	if err != nil {
+		return &GradeError{err}
+	}
+	return nil
 }
+
+// A GradeError says that the guest could not be held as still as policy asks.
+// It is in the class fault.ErrConsistency.
+type GradeError struct{ Err error }
+
+func (e *GradeError) Error() string { return e.Err.Error() }
+
+// Unwrap gives the reason.
+func (e *GradeError) Unwrap() error { return e.Err }
 
 // make makes a checkpoint that promises grade, or is less if the host says so.
 func (b *beginning) make(ctx context.Context, level uint8, grade vm.Grade) error {
@@ -338,7 +357,7 @@ func (b *beginning) open(ctx context.Context, before []drive) error {
 	for _, e := range frozen {
 		if e.Excluded == "" {
 			if err := b.openDisk(ctx, &e, shares, facts); err != nil {
-				return fmt.Errorf("disk %s: %w", e.ID, err)
+				return &DiskError{string(e.ID), err}
 			}
 		}
 		b.machine.Disks = append(b.machine.Disks, e.Disk)
@@ -359,6 +378,17 @@ func (b *beginning) open(ctx context.Context, before []drive) error {
 	}
 	return nil
 }
+
+// A DiskError says that a disk of a VM can't be opened where it lies on the host.
+type DiskError struct {
+	Disk string
+	Err  error
+}
+
+func (e *DiskError) Error() string { return "disk " + e.Disk + ": " + e.Err.Error() }
+
+// Unwrap gives the reason.
+func (e *DiskError) Unwrap() error { return e.Err }
 
 func (b *beginning) openDisk(ctx context.Context, e *drive, shares map[string]bool, of vmFacts) error {
 	img, chain, err := openChain(b.life, b.d.files, e.Source, e.Format, shares)

@@ -44,6 +44,14 @@ type named struct {
 
 func (f named) Name() string { return f.name }
 
+// Identity is the file's own, by which a loop of parents is known.
+func (f named) Identity() string {
+	if i, ok := f.File.(interface{ Identity() string }); ok {
+		return i.Identity()
+	}
+	return ""
+}
+
 // ReadAt says of its errors that they are of the way to the file, and not of
 // what is in it.
 func (f named) ReadAt(p []byte, off int64) (int, error) {

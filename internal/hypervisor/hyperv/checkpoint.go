@@ -48,9 +48,12 @@ const (
 	levelCrash       = 2
 )
 
-// backupCopy leaves the logs of applications in the guest to those whose they
-// are.
-const backupCopy = 2
+// What applications in the guest make of a backup: a full one lets them truncate
+// their logs, a copy leaves those to whoever else needs them.
+const (
+	backupFull = 1
+	backupCopy = 2
+)
 
 // A target is one VM and where its journal is: what checkpoints are made of and
 // undone with.
@@ -67,6 +70,8 @@ type target struct {
 	settleTime time.Duration
 	// busyTime is how long a host that is busy with the VM is asked again.
 	busyTime time.Duration
+	// truncate has applications in the guest truncate their logs.
+	truncate bool
 }
 
 func ids(list []settings) (out []string) {
@@ -87,9 +92,13 @@ func (t *target) checkpoint(ctx context.Context, e journal.Entry, level uint8) (
 		kind = typeCheckpoint
 		in = append(in, wsman.Arg("SnapshotSettings", wsman.Of("")), wsman.Arg("SnapshotType", wsman.Of(uint16(snapshotFull))))
 	} else {
+		backup := uint8(backupCopy)
+		if t.truncate {
+			backup = backupFull
+		}
 		how := wsman.NewInstance("Msvm_VirtualSystemSnapshotSettingData").
 			Set("ConsistencyLevel", wsman.Of(level)).
-			Set("GuestBackupType", wsman.Of(uint8(backupCopy))).
+			Set("GuestBackupType", wsman.Of(backup)).
 			Set("IgnoreNonSnapshottableDisks", wsman.Of(true))
 		in = append(in, wsman.Arg("SnapshotSettings", wsman.Of(how)), wsman.Arg("SnapshotType", wsman.Of(uint16(snapshotRecovery))))
 	}

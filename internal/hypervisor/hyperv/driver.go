@@ -35,6 +35,8 @@ type Driver struct {
 	stateDir   string
 	log        *slog.Logger
 	savedState bool
+	// truncateLogs has applications in guests truncate their logs.
+	truncateLogs bool
 
 	settleTime, busyTime, mergeWait, watchTime time.Duration
 
@@ -54,7 +56,7 @@ var (
 // newDriver makes a Driver of what reaches a host.
 func newDriver(m management, f files, o Options) *Driver {
 	d := &Driver{client: &client{m, jobPoll, pollPatience}, files: f, host: o.Host, stateDir: o.StateDir, log: o.Log,
-		savedState: o.AllowSavedState, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime,
+		savedState: o.AllowSavedState, truncateLogs: o.TruncateLogs, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime,
 		slots: make(chan struct{}, sessionsPerHost), volumes: map[string]chan struct{}{}}
 	if d.stateDir == "" {
 		d.stateDir = "/var/lib/backstay"

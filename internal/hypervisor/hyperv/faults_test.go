@@ -47,6 +47,7 @@ type site struct {
 	want  map[string][]byte // by the points' refs
 	name  string            // of the VM
 	samba *smbtest.Server   // serves the host's files; nil for none
+	files files             // instead of the host's; nil for those
 	// outage is how long a share that went away is waited for; 0 for the usual.
 	outage time.Duration
 
@@ -131,6 +132,9 @@ func (s *site) backUp(spoil func(int, string) simwsman.Trouble) backup.Result {
 		}
 		f.target.Outage = s.outage
 		reached = f
+	}
+	if s.files != nil {
+		reached = s.files
 	}
 	d := newDriver(c, reached, Options{Host: &url.URL{Scheme: "hyperv", Host: "hv01"}, StateDir: s.state, MergeWait: time.Minute})
 	d.poll = time.Millisecond

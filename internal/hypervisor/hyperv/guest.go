@@ -16,6 +16,8 @@ type readiness struct {
 	outdated string
 }
 
+const switchedOff = "its integration service for backups is switched off: switch on \"Backup (volume shadow copy)\" among the VM's integration services"
+
 // States of an integration service: the first says whether it works at all.
 const (
 	serviceEnabled  = 2 // EnabledState
@@ -41,19 +43,19 @@ func (c *client) guest(ctx context.Context, s system) readiness {
 	case err != nil:
 		return crash("the host does not say whether its backup integration service runs: %v", err)
 	case len(list) == 0:
-		return crash("its integration service for backups (volume shadow copy) is switched off")
+		return crash(switchedOff)
 	}
 	status, _ := list[0].numbers("OperationalStatus")
 	said := strings.Join(list[0].list("StatusDescriptions"), ", ")
 	r := readiness{best: vm.GradeFilesystem}
 	switch enabled, ok := list[0].number("EnabledState"); {
 	case ok && enabled != serviceEnabled:
-		return crash("its integration service for backups (volume shadow copy) is switched off")
+		return crash(switchedOff)
 	case len(status) > 0 && status[0] == serviceOK:
 	case len(status) > 0 && status[0] == serviceDegraded:
-		r.outdated = "the guest's integration service for backups is degraded: " + said
+		r.outdated = "the guest's integration service for backups is degraded, mostly because it is older than the host (" + said + "): update the integration services in the guest"
 	default:
-		return crash("the guest's integration service for backups does not answer: %s", said)
+		return crash("the guest's integration service for backups does not answer (%s): see in the guest that its service runs, \"Hyper-V Volume Shadow Copy Requestor\" in Windows and hv_vss_daemon in Linux", said)
 	}
 	switch windows, known := c.isWindows(ctx, s); {
 	case windows:
@@ -61,7 +63,7 @@ func (c *client) guest(ctx context.Context, s system) readiness {
 	case known:
 		r.why = "the guest is not Windows: its file systems are frozen, and nothing tells its applications"
 	default:
-		r.why = "whether the guest is Windows is not known, because its data exchange service does not say"
+		r.why = "whether the guest is Windows is not known, because its data exchange service does not say: switch on \"Data Exchange\" among the VM's integration services"
 	}
 	return r
 }

@@ -37,6 +37,10 @@ type Options struct {
 	// AllowSavedState lets a backup fall back to a checkpoint that saves the
 	// guest's memory, where the host can make no other.
 	AllowSavedState bool
+	// TruncateLogs has applications in a Windows guest truncate their logs, as
+	// after a backup of their own. They do it when the checkpoint is made, before
+	// there is a restore point.
+	TruncateLogs bool
 	// MergeWait is how long Commit watches the host merge what the guest wrote
 	// meanwhile; 0 for an hour. The host goes on by itself.
 	MergeWait time.Duration
