@@ -10,7 +10,7 @@ BACKSTAY_SAMPLES ?= none
 export BACKSTAY_SAMPLES
 export PATH := $(PATH):$(dir $(GO)):/usr/sbin:/sbin
 
-.PHONY: build demo demo-hyperv test check bench fuzz soak need-go
+.PHONY: build demo demo-hyperv windows test check bench fuzz soak need-go
 
 build: need-go ## bin/backstay
 	@scripts/need build
@@ -30,6 +30,10 @@ demo-hyperv: need-go ## a VM of a simulated Hyper-V host, and a real Samba
 test: need-go ## every test, real libvirt and QEMU included
 	@scripts/need test
 	BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=1 -timeout 40m -p $$(($$(nproc) + 1)) $(TESTFLAGS) ./...
+
+windows: need-go ## the Windows build starts, backs up and restores, under Wine
+	@scripts/need windows
+	BACKSTAY_WINE=1 $(GO) test -count=1 -v -run '^TestWindowsBuildUnderWine$$' ./cmd/backstay
 
 check: need-go ## the quick half: no VM, no root, about a minute
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
