@@ -20,6 +20,7 @@ import (
 const (
 	subDisk   = "Microsoft:Hyper-V:Virtual Hard Disk"
 	subMedium = "Microsoft:Hyper-V:Virtual CD/DVD Disk"
+	subDirect = "Microsoft:Hyper-V:Physical Disk Drive"
 )
 
 // maxBaseline is how much of what a disk held when it was attached is kept, to
@@ -33,6 +34,21 @@ func isHardDisk(p *cim.Instance) bool {
 // isMedium says whether p is a CD or DVD with a file in it.
 func isMedium(p *cim.Instance) bool {
 	return p.Class.Is("Msvm_StorageAllocationSettingData") && p.Get("ResourceSubType").String() == subMedium && p.Get("HostResource").String() != ""
+}
+
+// isSet says whether a file is a VHD set, which several VMs share.
+func isSet(path string) bool { return strings.HasSuffix(strings.ToLower(path), ".vhds") }
+
+// withoutCheckpoints names what checkpoints leave out: disks that are passed
+// through, VHD sets. "" is nothing.
+func (c *config) withoutCheckpoints() string {
+	for _, p := range c.parts {
+		source := p.Get("HostResource").String()
+		if isHardDisk(p) && isSet(source) || p.Get("ResourceSubType").String() == subDirect && source != "" {
+			return source
+		}
+	}
+	return ""
 }
 
 func (h *Host) exists(path string) bool {
@@ -53,6 +69,8 @@ func (h *Host) usable(v *vm, p *cim.Instance) error {
 		return refuse(notFoundText)
 	case isMedium(p):
 		return nil
+	case isSet(path):
+		return nil // several VMs share it
 	}
 	for _, q := range v.config.parts {
 		if q != p && isHardDisk(q) && !q.Ref().Equal(p.Ref()) && strings.EqualFold(q.Get("HostResource").String(), path) {

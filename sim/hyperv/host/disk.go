@@ -44,6 +44,9 @@ type write struct {
 	off, n int64
 	seed   uint64
 	data   []byte
+	// back stands for no write: the disk is again what it was when the log had
+	// back-1 entries.
+	back int
 }
 
 func (w write) bytes() []byte {
@@ -261,7 +264,7 @@ func (d *disk) replay(n int, w io.WriterAt) error {
 			}
 		}
 	}
-	for _, wr := range d.log[:n] {
+	for _, wr := range d.history(n) {
 		if _, err := w.WriteAt(wr.bytes(), wr.off); err != nil {
 			return fmt.Errorf("replaying: %w", err)
 		}
@@ -277,7 +280,7 @@ func (d *disk) whole(off int64, data []byte) write {
 	if d.baseline != nil {
 		_, _ = d.baseline.ReadAt(w.data, from) // behind its end there are zeros
 	}
-	for _, old := range d.log {
+	for _, old := range d.history(len(d.log)) {
 		if old.off < to && old.off+old.n > from {
 			p := old.bytes()
 			for i := max(old.off, from); i < min(old.off+old.n, to); i++ {

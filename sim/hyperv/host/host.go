@@ -139,9 +139,16 @@ func (h *Host) SetTrouble(change func(*Trouble)) {
 	change(&h.trouble)
 }
 
-// local is where the host's file path lies here.
+// local is where the host's file path lies here. What is on shares of others is
+// beneath UNC.
 func (h *Host) local(path string) string {
-	drive, rest, _ := strings.Cut(strings.TrimPrefix(path, `\\?\`), `:\`)
+	path = strings.TrimPrefix(path, `\\?\`)
+	drive, rest, _ := strings.Cut(path, `:\`)
+	for _, unc := range []string{`UNC\`, `\\`} {
+		if share, ok := strings.CutPrefix(path, unc); ok {
+			drive, rest = "UNC", share
+		}
+	}
 	clean := filepath.Clean("/" + strings.ReplaceAll(rest, `\`, "/")) // nothing leads out of the volume
 	if below, ok := strings.CutPrefix(clean, "/ClusterStorage/"); ok && h.o.Shared != "" && strings.EqualFold(drive, "C") {
 		return filepath.Join(h.o.Shared, below)

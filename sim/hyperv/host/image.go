@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -118,4 +119,50 @@ func (h *Host) newDisk(args results) (results, uint32) {
 	return h.start(nil, "CreateVirtualHardDisk", func() ([]affected, error) {
 		return nil, h.createDisk(path, int64(s.Get("MaxInternalSize").Uint()), s.Get("Type").Uint() == 2)
 	})
+}
+
+// resize is IMS.ResizeVirtualHardDisk of a VHDX without checkpoints, which may
+// be in use. It grows, and shrinks never.
+func (h *Host) resize(args results) (results, uint32) {
+	path, bytes := args["Path"].String(), int64(args["MaxInternalSize"].Uint())
+	if !h.exists(path) {
+		return nil, codeNoFile
+	}
+	var v *vm
+	var d *disk
+	for _, m := range h.vms {
+		for _, candidate := range m.list {
+			if m.holds(path) && strings.EqualFold(candidate.top().path, path) {
+				v, d = m, candidate
+			}
+		}
+		if d == nil && m.holds(path) || d != nil && len(v.snapshots) > 0 {
+			return nil, codeState // a parent, or a disk of which there are checkpoints
+		}
+	}
+	return h.start(v, "ResizeVirtualHardDisk", func() ([]affected, error) {
+		if d != nil {
+			if err := d.top().file.resize(bytes); err != nil {
+				return nil, err
+			}
+			d.bytes = bytes
+			for _, t := range d.tracks {
+				t.bits = append(t.bits, make([]uint64, bytes/h.o.Granule/64+1-int64(len(t.bits)))...)
+			}
+			return nil, nil
+		}
+		f, err := openLive(h.local(path))
+		if err != nil {
+			return nil, err
+		}
+		return nil, errors.Join(f.resize(bytes), f.close())
+	})
+}
+
+// createSet makes the two files of a VHD set.
+func (h *Host) createSet(path string, bytes int64) error {
+	if err := h.createDisk(strings.TrimSuffix(path, ".vhds")+"_"+newGUID()+".avhdx", bytes, false); err != nil {
+		return err
+	}
+	return os.WriteFile(h.local(path), []byte("simulated VHD set\n"), 0o644)
 }

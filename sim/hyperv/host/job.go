@@ -39,7 +39,7 @@ const (
 const jobsKept = 500
 
 // storageMethods are those whose jobs are Msvm_StorageJobs.
-var storageMethods = []string{"CreateVirtualHardDisk"}
+var storageMethods = []string{"CreateVirtualHardDisk", "ResizeVirtualHardDisk"}
 
 // A job is what a method goes on doing after it has answered.
 type job struct {

@@ -217,7 +217,7 @@ func (h *Host) realize(args results) (results, uint32) {
 			return nil, err
 		}
 		for _, p := range v.config.parts {
-			if !isHardDisk(p) {
+			if !isHardDisk(p) || isSet(p.Get("HostResource").String()) {
 				continue
 			}
 			_, suffix, _ := strings.Cut(p.Get("InstanceID").String(), `\`)

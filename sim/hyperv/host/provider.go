@@ -18,6 +18,10 @@ func (h *Host) Invoke(_ context.Context, target *cim.Instance, method cim.Method
 	do := map[string]func(results) (results, uint32){
 		"Msvm_VirtualSystemSnapshotService.CreateSnapshot":              h.createSnapshot,
 		"Msvm_VirtualSystemSnapshotService.DestroySnapshot":             h.destroySnapshot,
+		"Msvm_VirtualSystemSnapshotService.DestroySnapshotTree":         h.destroyTree,
+		"Msvm_VirtualSystemSnapshotService.ApplySnapshot":               h.applySnapshot,
+		"Msvm_VirtualSystemSnapshotService.ClearSnapshotState":          h.clearState,
+		"Msvm_ImageManagementService.ResizeVirtualHardDisk":             h.resize,
 		"Msvm_VirtualSystemSnapshotService.ConvertToReferencePoint":     h.convert,
 		"Msvm_VirtualSystemReferencePointService.DestroyReferencePoint": h.destroyPoint,
 		"Msvm_ImageManagementService.GetVirtualDiskChanges":             h.changes,
@@ -142,6 +146,9 @@ func (h *Host) machine(v *vm, put func(*cim.Instance)) {
 	for n, s := range v.snapshots {
 		configured(s.config)
 		associate("Msvm_SnapshotOfVirtualSystem", "Antecedent", v.ref(), "Dependent", s.config.vssd.Ref())
+		if s.config.id == v.applied {
+			associate("Msvm_LastAppliedSnapshot", "Antecedent", s.config.vssd.Ref(), "Dependent", v.ref())
+		}
 		if n == len(v.snapshots)-1 {
 			associate("Msvm_MostCurrentSnapshotInBranch", "Antecedent", v.ref(), "Dependent", s.config.vssd.Ref())
 		}

@@ -110,6 +110,9 @@ func (h *Host) addPart(v *vm, c *config, s *cim.Instance) (*cim.Instance, error)
 		if err := h.usable(v, i); err != nil {
 			return nil, err
 		}
+		if isSet(i.Get("HostResource").String()) {
+			break
+		}
 		d, err := h.attach(suffix, i.Get("HostResource").String())
 		if err != nil {
 			return nil, err

@@ -17,6 +17,7 @@ func (h *Host) createSnapshot(args results) (results, uint32) {
 		return nil, codeParameter
 	}
 	var asked Request
+	ignore := false
 	if text := args["SnapshotSettings"].String(); text != "" {
 		s, err := cim.ParseEmbedded(cim.Virtualization, text)
 		switch {
@@ -25,6 +26,7 @@ func (h *Host) createSnapshot(args results) (results, uint32) {
 		case err != nil || !s.Class.Is("Msvm_VirtualSystemSnapshotSettingData"):
 			return nil, codeParameter
 		}
+		ignore = s.Get("IgnoreNonSnapshottableDisks").String() == "true"
 		asked.ConsistencyLevel, asked.GuestBackupType = s.Get("ConsistencyLevel").Uint(), s.Get("GuestBackupType").Uint()
 	}
 	asked.SnapshotType = args["SnapshotType"].Uint()
@@ -37,6 +39,9 @@ func (h *Host) createSnapshot(args results) (results, uint32) {
 	return h.start(v, "CreateSnapshot", func() ([]affected, error) {
 		if level == 1 && v.state == stateRunning && !v.freezes() {
 			return nil, fmt.Errorf("'%s' could not initiate a checkpoint operation: the guest's backup service is not there (0x80070015)", v.name)
+		}
+		if left := v.config.withoutCheckpoints(); left != "" && !ignore {
+			return nil, fmt.Errorf("'%s' could not initiate a checkpoint operation: no checkpoint can be taken of '%s'", v.name, left)
 		}
 		if h.trouble.Downgrade && level == 1 {
 			level = 2
@@ -57,6 +62,7 @@ func (h *Host) snapshot(v *vm, kind string, level uint64) (*snapshot, error) {
 		Put("ElementName", cim.Text(fmt.Sprintf("%s - Backup - (%s)", v.name, now.Format("1/2/2006 - 3:04:05 PM")))).
 		Put("ConfigurationFile", cim.Text(`Snapshots\`+s.config.id+extDefinition)).Put("GuestStateFile", cim.Text(`Snapshots\`+s.config.id+extGuest))
 	if kind == userMade {
+		s.config.vssd.Put("IsSaved", cim.Bool(v.state == stateSaved || v.state == stateRunning && v.config.vssd.Get("UserSnapshotType").Uint() == userSnapshotTest))
 		s.config.vssd.Put("ElementName", cim.Text(fmt.Sprintf("%s - (%s)", v.name, now.Format("1/2/2006 - 3:04:05 PM"))))
 	}
 	for _, d := range v.list {

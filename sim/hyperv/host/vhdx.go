@@ -33,8 +33,10 @@ type live struct {
 	disk         int64 // bytes
 	ratio        int64
 	differencing bool
+	fixed        bool
 	table        int64 // where the allocation table is
 	entries      []uint64
+	size         int64 // where the disk's size is told
 	locator      int64 // where the parent locator is, and its room
 	locatorRoom  int64
 	locatorEntry int64 // where the metadata table tells of it
@@ -113,8 +115,9 @@ func (l *live) read() error {
 		case itemParameters:
 			p := at(off, 8)
 			l.block = int64(binary.LittleEndian.Uint32(p))
-			l.differencing = p[4]&2 != 0
+			l.fixed, l.differencing = p[4]&1 != 0, p[4]&2 != 0
 		case itemSize:
+			l.size = off
 			l.disk = int64(binary.LittleEndian.Uint64(at(off, 8)))
 		case itemSector:
 			l.sector = int64(binary.LittleEndian.Uint32(at(off, 4)))
@@ -269,6 +272,29 @@ func (l *live) relink(parent string, data [16]byte) error {
 	}
 	_, err := l.f.WriteAt(binary.LittleEndian.AppendUint32(nil, uint32(len(p))), l.locatorEntry+20)
 	return err
+}
+
+// resize makes the disk larger, within what the allocation table can hold.
+func (l *live) resize(bytes int64) error {
+	blocks := (bytes + l.block - 1) / l.block
+	if bytes < l.disk || bytes%l.sector != 0 || l.differencing || blocks+(blocks-1)/l.ratio > int64(len(l.entries)) {
+		return fmt.Errorf("the disk cannot have %d bytes", bytes)
+	}
+	if _, err := l.f.WriteAt(binary.LittleEndian.AppendUint64(nil, uint64(bytes)), l.size); err != nil {
+		return err
+	}
+	had := (l.disk + l.block - 1) / l.block
+	l.disk, l.dirty = bytes, true
+	for number := had; l.fixed && number < blocks; number++ {
+		place, err := l.grow(l.block)
+		if err != nil {
+			return err
+		}
+		if err := l.setEntry(number+number/l.ratio, uint64(place)|blockFull); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (l *live) close() error { return l.f.Close() }

@@ -40,6 +40,8 @@ type Spec struct {
 	IDE     bool   // generation 1, the first disk on IDE
 	Root    string // the folder of all its files; "C:\VMs\" and its name if empty
 	Disks   []DiskSpec
+	// PassThrough is how many disks of the host the VM has for itself.
+	PassThrough int
 }
 
 // A DiskSpec says what disk to make.
@@ -47,10 +49,15 @@ type DiskSpec struct {
 	Path  string // "C:\VMs\web01\web01.vhdx"; made of the VM's name if empty
 	Bytes int64
 	Fixed bool
+	// Set makes a VHD set, which only says whose disk it is.
+	Set bool
 	// Exists says that the file is there already, a VHDX without a parent. Of
 	// what it holds Expected knows nothing.
 	Exists bool
 }
+
+// userSnapshotTest is the UserSnapshotType of checkpoints with the guest's memory.
+const userSnapshotTest = 5
 
 // maxSnapshots is how many checkpoints a VM may have, as the product's limits say.
 const maxSnapshots = 50
@@ -64,6 +71,7 @@ type vm struct {
 	state     int
 	guest     Guest
 	requests  []Request
+	applied   string    // the id of the checkpoint that was applied last
 	changed   cim.Value // when state last did
 	config    *config
 	snapshots []*snapshot
@@ -198,6 +206,17 @@ func (h *Host) AddVM(s Spec) (string, error) {
 		path := d.Path
 		if path == "" {
 			path = fmt.Sprintf(`%s\Virtual Hard Disks\%s-%d.vhdx`, c.vssd.Get("ConfigurationDataRoot").String(), s.Name, n)
+			if d.Set {
+				path = strings.TrimSuffix(path, "x") + "s"
+			}
+		}
+		allocation := c.part("Msvm_StorageAllocationSettingData", base+`\L`, "31", subDisk).Put("Parent", cim.Text(drive.Ref().Path())).Put("HostResource", cim.List(path))
+		if d.Set {
+			allocation.Put("PersistentReservationsSupported", cim.Bool(true))
+			if err := h.createSet(path, d.Bytes); err != nil {
+				return "", err
+			}
+			continue
 		}
 		if !d.Exists {
 			if err := h.createDisk(path, d.Bytes, d.Fixed); err != nil {
@@ -209,7 +228,16 @@ func (h *Host) AddVM(s Spec) (string, error) {
 			return "", err
 		}
 		v.list = append(v.list, disk)
-		c.part("Msvm_StorageAllocationSettingData", base+`\L`, "31", "Microsoft:Hyper-V:Virtual Hard Disk").Put("Parent", cim.Text(drive.Ref().Path())).Put("HostResource", cim.List(path))
+	}
+	for n := range s.PassThrough {
+		slot := len(s.Disks) + n
+		if controllers[controller] == nil {
+			controllers[controller] = c.part("Msvm_ResourceAllocationSettingData", newGUID()+`\0`, "6", "Microsoft:Hyper-V:Synthetic SCSI Controller")
+		}
+		parent := controllers[controller]
+		_, base, _ := strings.Cut(parent.Get("InstanceID").String(), `\`)
+		c.part("Msvm_ResourceAllocationSettingData", fmt.Sprintf(`%s\%d\D`, base, slot), "17", subDirect).Put("Parent", cim.Text(parent.Ref().Path())).Put("AddressOnParent", cim.Number(slot)).
+			Put("HostResource", cim.List(fmt.Sprintf(`\\%s\root\virtualization\v2:Msvm_DiskDrive.CreationClassName="Msvm_DiskDrive",DeviceID="Microsoft:%s\\%d",SystemCreationClassName="Msvm_ComputerSystem",SystemName="%s"`, h.o.Name, newGUID(), n, h.o.Name)))
 	}
 	h.vms = append(h.vms, v)
 	return v.id, h.writeFiles(c)
