@@ -31,9 +31,15 @@ type ahead struct {
 // A block is pieceBytes of the file, at a multiple of them.
 type block struct {
 	done chan struct{}
-	p    []byte
+	buf  *[pieceBytes]byte
+	p    []byte // of buf, nil until it was read
 	err  error
-	used int64
+
+	// Under the ahead's lock: how much of it was taken, who has it, and that it
+	// is in blocks no more. Its memory serves again when nobody has it.
+	used    int64
+	readers int
+	gone    bool
 }
 
 // slack is how far apart the reads of a run may be.
@@ -51,9 +57,8 @@ func (a *ahead) read(ctx context.Context, f *File, p []byte, off int64) error {
 			a.asking.Add(-1)
 		} else if err = b.wait(ctx); err == nil {
 			copy(p[:n], b.p[off%pieceBytes:])
-			a.took(off/pieceBytes, n)
-		} else if ctx.Err() == nil {
-			a.drop(off / pieceBytes)
+			a.leave(b, off/pieceBytes, n)
+		} else if a.leave(b, off/pieceBytes, 0); ctx.Err() == nil {
 			err = f.fill(ctx, p[:n], off) // which says what is wrong, in the words of who asked
 		} else {
 			err = f.error("read", off, context.Cause(ctx))
@@ -85,7 +90,7 @@ func (a *ahead) note(f *File, off, n int64) {
 		if a.blocks[i] != nil {
 			continue
 		}
-		if a.stopped || len(a.blocks) >= 2*aheadBlocks {
+		if a.stopped || len(a.blocks) >= aheadBlocks {
 			return
 		}
 		if a.blocks == nil {
@@ -95,7 +100,8 @@ func (a *ahead) note(f *File, off, n int64) {
 		a.blocks[i] = b
 		a.pending.Go(func() {
 			defer close(b.done)
-			p := make([]byte, min(pieceBytes, size-i*pieceBytes))
+			b.buf = pieces.Get().(*[pieceBytes]byte)
+			p := b.buf[:min(pieceBytes, size-i*pieceBytes)]
 			if b.err = f.piece(f.life, p, i*pieceBytes, true); b.err == nil {
 				b.p = p
 			}
@@ -110,12 +116,13 @@ func (a *ahead) note(f *File, off, n int64) {
 }
 
 // next is the block that off lies in, if there is one, and how many of n bytes
-// to take from it, or from elsewhere.
+// to take from it, or from elsewhere. Who gets one leaves it.
 func (a *ahead) next(off, n int64) (*block, int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	i := off / pieceBytes
 	if b := a.blocks[i]; b != nil {
+		b.readers++
 		return b, min(n, (i+1)*pieceBytes-off)
 	}
 	for len(a.blocks) > 0 {
@@ -138,21 +145,26 @@ func (b *block) wait(ctx context.Context) error {
 	}
 }
 
-// took counts n bytes of block i as used, and drops it once all are.
-func (a *ahead) took(i, n int64) {
+// leave says that a reader is done with block i, of which it took n bytes. A
+// block of which all was taken, or that can't be read, is dropped.
+func (a *ahead) leave(b *block, i, n int64) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if b := a.blocks[i]; b != nil {
-		if b.used += n; b.used >= int64(len(b.p)) {
+	b.readers--
+	select {
+	case <-b.done:
+	default:
+		return // who gave up waiting; others may come for it
+	}
+	if b.used += n; b.used >= int64(len(b.p)) && !b.gone {
+		b.gone = true
+		if a.blocks[i] == b {
 			delete(a.blocks, i)
 		}
 	}
-}
-
-func (a *ahead) drop(i int64) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	delete(a.blocks, i)
+	if b.gone && b.readers == 0 && b.p != nil {
+		pieces.Put(b.buf)
+	}
 }
 
 // stop waits for what is under way and begins nothing more.

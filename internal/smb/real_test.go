@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -171,6 +172,40 @@ func TestReads(t *testing.T) {
 		}
 		readers(t, f, content, 2, 2) // which disturbed nobody
 	})
+}
+
+// Several readers that go through a file together share what is read ahead, of
+// which the memory serves again. Some of them give up on the way.
+func TestReadAheadForSeveral(t *testing.T) {
+	long(t)
+	s := server(t)
+	content := put(t, s, "long.vhdx", 96<<20)
+	f := openFile(t, dial(t, target(s)), "long.vhdx")
+	const part = 300_000 // so that most parts lie in two blocks, and every byte is asked for twice
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 6 {
+		wg.Go(func() {
+			p := make([]byte, 2*part)
+			for i := next.Add(1) - 1; i*part < int64(len(content)); i = next.Add(1) - 1 {
+				want := content[i*part : min((i+2)*part, int64(len(content)))]
+				ctx, cancel := t.Context(), context.CancelFunc(func() {})
+				if i%7 == 0 {
+					ctx, cancel = context.WithTimeout(ctx, time.Millisecond)
+				}
+				n, err := f.ReadAtContext(ctx, p[:len(want)], i*part)
+				cancel()
+				if errors.Is(err, context.DeadlineExceeded) {
+					continue
+				}
+				if err != nil || !bytes.Equal(p[:n], want) {
+					t.Errorf("read of %d bytes at %d: %d, %v; equal: %v", len(want), i*part, n, err, bytes.Equal(p[:n], want))
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 func TestSignedOnlyIsAChoice(t *testing.T) {
