@@ -24,7 +24,14 @@ import (
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
-		"backstay": func() { os.Exit(cli.Main(os.Args[1:])) },
+		"backstay": func() {
+			args := os.Args[1:]
+			if len(args) > 0 && args[0] != "help" && !strings.HasPrefix(args[0], "__complete") {
+				// Each script has its own journal, and none the machine's.
+				args = append([]string{"--state-dir", filepath.Join(os.Getenv("HOME"), "state")}, args...)
+			}
+			os.Exit(cli.Main(args))
+		},
 	})
 }
 
