@@ -25,14 +25,19 @@ import (
 // is neither what it was nor what it shall be.
 func Marker(path string) string { return path + ".backstay-inplace" }
 
+// comparand is what can be compared with a Source.
+type comparand interface {
+	io.ReaderAt
+	// Data is a part of within outside of which everything is zero.
+	Data(ctx context.Context, within extent.Extent) (extent.Set, error)
+}
+
 // device is an existing image as InPlace writes it. Methods are safe for
 // concurrent use. Close lets go of the image, which may take a while.
 type device interface {
-	io.ReaderAt
+	comparand
 	io.WriterAt
 	Size() int64
-	// Data is a part of within outside of which everything is zero.
-	Data(ctx context.Context, within extent.Extent) (extent.Set, error)
 	// Zero makes e read as zeros, and a hole where it can.
 	Zero(ctx context.Context, e extent.Extent) error
 	Flush(ctx context.Context) error
@@ -196,7 +201,7 @@ type difference struct {
 const window = 1 << 30
 
 // compare finds the chunks of the device that differ from src.
-func compare(ctx context.Context, r Repository, src Source, d device, workers int, p *progress) (difference, error) {
+func compare(ctx context.Context, r Repository, src Source, d comparand, workers int, p *progress) (difference, error) {
 	var diff difference
 	var mu sync.Mutex
 	var compared, same atomic.Int64

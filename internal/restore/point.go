@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
@@ -23,6 +24,8 @@ type PointResult struct {
 	Disks    []Result      `json:"disks"`
 	Files    []string      `json:"files,omitempty"` // of the machine's definition
 	Duration time.Duration `json:"duration_ns"`
+	// VM is what a Builder made of it; nil where the host is this machine.
+	VM *hypervisor.Built `json:"vm,omitempty"`
 }
 
 // Select finds the disk called id in p; "" is its only disk. An id that is the

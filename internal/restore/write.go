@@ -3,7 +3,7 @@ package restore
 import (
 	"context"
 	"fmt"
-	"path/filepath"
+	"strings"
 	"sync/atomic"
 
 	"github.com/backstay/backstay/internal/chunk"
@@ -38,13 +38,21 @@ func (o Options) write(ctx context.Context, src Source, path string, f image.For
 			return Result{}, err
 		}
 	}
-	res := Result{Target: path, Format: f, SizeBytes: src.Size()}
+	res, err := o.fill(ctx, src, w, path, need, p)
+	res.Format = f
+	return res, err
+}
+
+// fill writes src to the image w, which is called path, and finishes it.
+func (o Options) fill(ctx context.Context, src Source, w image.Writer, path string, need int64, p *progress) (Result, error) {
+	res := Result{Target: path, SizeBytes: src.Size()}
+	base := path[strings.LastIndexAny(path, `/\`)+1:]
 	c := newCutter(w, src)
 	var read atomic.Int64
-	err = src.Fetch(ctx, extent.Extent{Len: src.Size()}, repo.FetchOptions{Ordered: c.ordered, Workers: o.workers()},
+	err := src.Fetch(ctx, extent.Extent{Len: src.Size()}, repo.FetchOptions{Ordered: c.ordered, Workers: o.workers()},
 		func(off int64, data []byte) error {
 			if err := c.put(off, data); err != nil {
-				return fmt.Errorf("write %s: %w", filepath.Base(path), classify(err))
+				return fmt.Errorf("write %s: %w", base, classify(err))
 			}
 			read.Add(int64(len(data)))
 			p.add(int64(len(data)))
@@ -57,7 +65,7 @@ func (o Options) write(ctx context.Context, src Source, path string, f image.For
 		return Result{}, err
 	}
 	if err := c.flush(); err != nil {
-		return Result{}, fmt.Errorf("write %s: %w", filepath.Base(path), classify(err))
+		return Result{}, fmt.Errorf("write %s: %w", base, classify(err))
 	}
 	res.ReadBytes, res.WrittenBytes = read.Load(), c.written.Load()
 	if res.ReadBytes != need {
@@ -65,7 +73,7 @@ func (o Options) write(ctx context.Context, src Source, path string, f image.For
 		return Result{}, fmt.Errorf("the repository gave %d bytes of a disk that has %d", res.ReadBytes, need)
 	}
 	if err := w.Finish(); err != nil {
-		return Result{}, fmt.Errorf("finish %s: %w", filepath.Base(path), classify(err))
+		return Result{}, fmt.Errorf("finish %s: %w", base, classify(err))
 	}
 	return res, nil
 }
