@@ -5,18 +5,21 @@ package vm
 // them: fields may be added, never given another meaning. What is not known is
 // left out.
 type Definition struct {
-	Version     int         `json:"v"` // 1
-	Name        string      `json:"name"`
-	UUID        string      `json:"uuid,omitempty"`
-	Hypervisor  string      `json:"hypervisor"` // where it comes from
-	Processors  int         `json:"processors,omitempty"`
-	MemoryBytes int64       `json:"memory_bytes,omitempty"` // when it starts
-	Firmware    string      `json:"firmware,omitempty"`     // "bios" or "uefi"
-	SecureBoot  bool        `json:"secure_boot,omitempty"`
-	TPM         bool        `json:"tpm,omitempty"`
-	Notes       string      `json:"notes,omitempty"`
-	Disks       []DiskPlace `json:"disks"`
-	NICs        []NIC       `json:"nics,omitempty"`
+	Version     int    `json:"v"` // 1
+	Name        string `json:"name"`
+	UUID        string `json:"uuid,omitempty"`
+	Hypervisor  string `json:"hypervisor"` // where it comes from
+	Processors  int    `json:"processors,omitempty"`
+	MemoryBytes int64  `json:"memory_bytes,omitempty"` // when it starts
+	Firmware    string `json:"firmware,omitempty"`     // "bios" or "uefi"
+	SecureBoot  bool   `json:"secure_boot,omitempty"`
+	// SecureBootTemplate is whose signatures Hyper-V takes, by its GUID.
+	SecureBootTemplate string `json:"secure_boot_template,omitempty"`
+
+	TPM   bool        `json:"tpm,omitempty"`
+	Notes string      `json:"notes,omitempty"`
+	Disks []DiskPlace `json:"disks"`
+	NICs  []NIC       `json:"nics,omitempty"`
 }
 
 // A DiskPlace is a disk and where it hangs; all of the VM's, also those that

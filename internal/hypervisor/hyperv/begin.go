@@ -34,6 +34,7 @@ type beginning struct {
 	d        *Driver
 	o        hypervisor.Options
 	prefix   string
+	host     string // as it calls itself
 	sys      system
 	lock     *journal.Lock
 	journal  *journal.Journal
@@ -81,7 +82,7 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 	if err != nil {
 		return nil, err
 	}
-	b := &beginning{d: d, o: o, prefix: prefix, sys: sys, lock: l, named: map[string]bool{}, release: func() {}, machine: d.describe(host, sys)}
+	b := &beginning{d: d, o: o, prefix: prefix, host: host, sys: sys, lock: l, named: map[string]bool{}, release: func() {}, machine: d.describe(host, sys)}
 	for _, p := range o.Previous {
 		if c, err := parseChangeID(p.ChangeID); err == nil {
 			b.named[c.Run] = true
@@ -151,6 +152,7 @@ func (b *beginning) session(ctx context.Context, list []system) (s *session, err
 		return nil, err
 	}
 	b.reapOthers(ctx, list)
+	b.warnings = append(b.warnings, d.reapRestores(ctx, b.host, list, b.sys.guid)...)
 	id := newRun()
 	if b.run, err = b.journal.Begin(b.sys.guid, id); err != nil {
 		return nil, err

@@ -36,7 +36,7 @@ func (b *beginning) definition(ctx context.Context) vm.Definition {
 	def := vm.Definition{Version: 1, Name: b.sys.name, UUID: b.sys.guid, Hypervisor: "hyperv", Firmware: "bios",
 		Notes: strings.Join(s.list("Notes"), "\n")}
 	if strings.HasSuffix(s.text("VirtualSystemSubType"), ":2") {
-		def.Firmware, def.SecureBoot = "uefi", s.truth("SecureBootEnabled")
+		def.Firmware, def.SecureBoot, def.SecureBootTemplate = "uefi", s.truth("SecureBootEnabled"), s.text("SecureBootTemplateId")
 	}
 	ask := func(class string) []object {
 		list, err := b.d.query(ctx, associated(s.ref, classComponent, class))

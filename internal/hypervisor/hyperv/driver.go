@@ -39,6 +39,7 @@ type Driver struct {
 	truncateLogs bool
 
 	settleTime, busyTime, mergeWait, watchTime time.Duration
+	lookTime, undoTime                         time.Duration // of a restore that is taken back
 
 	slots   chan struct{}
 	mu      sync.Mutex
@@ -56,7 +57,7 @@ var (
 // newDriver makes a Driver of what reaches a host.
 func newDriver(m management, f files, o Options) *Driver {
 	d := &Driver{client: &client{m, jobPoll, pollPatience}, files: f, host: o.Host, stateDir: o.StateDir, log: o.Log,
-		savedState: o.AllowSavedState, truncateLogs: o.TruncateLogs, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime,
+		savedState: o.AllowSavedState, truncateLogs: o.TruncateLogs, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime, lookTime: lookTime, undoTime: undoTime,
 		slots: make(chan struct{}, sessionsPerHost), volumes: map[string]chan struct{}{}}
 	if d.stateDir == "" {
 		d.stateDir = "/var/lib/backstay"
@@ -194,7 +195,7 @@ func (d *Driver) lock(ctx context.Context, s system) (*journal.Lock, error) {
 		case l != nil || err != nil:
 			return l, err
 		case again && !strings.HasSuffix(who, tidying) || time.Now().After(deadline):
-			return nil, fmt.Errorf("VM %q: another backup of it is running (%s): %w", s.name, who, fault.ErrLocked)
+			return nil, fmt.Errorf("VM %q: another backup or restore of it is running (%s): %w", s.name, who, fault.ErrLocked)
 		}
 		if err := sleep(ctx, 50*time.Millisecond); err != nil {
 			return nil, err

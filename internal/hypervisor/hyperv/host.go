@@ -31,6 +31,18 @@ type files interface {
 	// where none is.
 	share(name string) (string, error)
 	close() error
+
+	// create makes a file and mkdir a folder, which must not exist:
+	// fault.ErrExists. The folder around it must: fault.ErrNotFound.
+	create(ctx context.Context, name string) (image.Output, error)
+	mkdir(ctx context.Context, name string) error
+	// remove removes a file or an empty folder. rename leaves it where it was
+	// if the new name is taken.
+	remove(ctx context.Context, name string) error
+	rename(ctx context.Context, from, to string) error
+	// room fails with fault.ErrNoSpace where a folder's volume has not so many
+	// bytes.
+	room(ctx context.Context, folder string, bytes int64) error
 }
 
 // Classes that more than one file speaks of.

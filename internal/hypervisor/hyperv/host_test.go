@@ -504,3 +504,12 @@ func (f fakeFiles) share(name string) (string, error) {
 }
 
 func (f fakeFiles) close() error { return nil }
+
+// Restores are tried against the simulator alone.
+func (fakeFiles) create(context.Context, string) (image.Output, error) {
+	return nil, fault.ErrUnsupported
+}
+func (fakeFiles) mkdir(context.Context, string) error          { return fault.ErrUnsupported }
+func (fakeFiles) remove(context.Context, string) error         { return fault.ErrUnsupported }
+func (fakeFiles) rename(context.Context, string, string) error { return fault.ErrUnsupported }
+func (fakeFiles) room(context.Context, string, int64) error    { return fault.ErrUnsupported }

@@ -171,7 +171,8 @@ const (
 // A drive is a disk as a VM's settings have it.
 type drive struct {
 	vm.Disk
-	device string // of its setting's id: what it keeps in every checkpoint
+	device  string // of its setting's id: what it keeps in every checkpoint
+	setting string // InstanceID of its setting
 }
 
 // drives reads the disks of one state of a VM, without their sizes. fibre says
@@ -253,7 +254,7 @@ func arrange(storage, devices []object) (list []drive, fibre bool) {
 		if o.text("ResourceSubType") != subDisk {
 			continue // a DVD, a floppy
 		}
-		d := drive{device: deviceOf(o.text("InstanceID"))}
+		d := drive{device: deviceOf(o.text("InstanceID")), setting: o.text("InstanceID")}
 		on, device := parent(o)
 		d.ID, d.Bus = place(on, device)
 		d.Source = o.text("HostResource")

@@ -123,6 +123,44 @@ func (f *shareFiles) share(name string) (string, error) {
 	return p.Share, err
 }
 
+func (f *shareFiles) create(ctx context.Context, name string) (image.Output, error) {
+	return at(ctx, f, name, func(c *smb.Client, p smb.Path) (image.Output, error) {
+		file, err := c.Create(ctx, p)
+		if err != nil {
+			return nil, err // no NewFile in an interface
+		}
+		return file, nil
+	})
+}
+
+// change is at for what gives nothing.
+func (f *shareFiles) change(ctx context.Context, name string, do func(*smb.Client, smb.Path) error) error {
+	_, err := at(ctx, f, name, func(c *smb.Client, p smb.Path) (struct{}, error) { return struct{}{}, do(c, p) })
+	return err
+}
+
+func (f *shareFiles) mkdir(ctx context.Context, name string) error {
+	return f.change(ctx, name, func(c *smb.Client, p smb.Path) error { return c.Mkdir(ctx, p) })
+}
+
+func (f *shareFiles) remove(ctx context.Context, name string) error {
+	return f.change(ctx, name, func(c *smb.Client, p smb.Path) error { return c.Remove(ctx, p) })
+}
+
+func (f *shareFiles) rename(ctx context.Context, from, to string) error {
+	return f.change(ctx, from, func(c *smb.Client, p smb.Path) error {
+		q, err := f.find(to)
+		if err != nil {
+			return err
+		}
+		return c.Rename(ctx, p, q)
+	})
+}
+
+func (f *shareFiles) room(ctx context.Context, folder string, bytes int64) error {
+	return f.change(ctx, folder, func(c *smb.Client, p smb.Path) error { return c.Room(ctx, p, bytes) })
+}
+
 func (f *shareFiles) close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -2,6 +2,7 @@ package hyperv
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor/drivertest"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/imagetest"
@@ -79,7 +81,7 @@ func (f simFiles) list(_ context.Context, folder string) (names []string, err er
 	for _, e := range all {
 		names = append(names, e.Name())
 	}
-	return names, err
+	return names, classified(err)
 }
 
 func (f simFiles) size(_ context.Context, name string) (int64, error) {
@@ -102,3 +104,39 @@ func (f simFiles) share(name string) (string, error) {
 }
 
 func (f simFiles) close() error { return nil }
+
+func (f simFiles) create(_ context.Context, name string) (image.Output, error) {
+	out, err := os.OpenFile(f.h.Local(name), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return nil, classified(err)
+	}
+	return out, nil
+}
+
+func (f simFiles) mkdir(_ context.Context, name string) error {
+	return classified(os.Mkdir(f.h.Local(name), 0o755))
+}
+
+func (f simFiles) remove(_ context.Context, name string) error {
+	return classified(os.Remove(f.h.Local(name)))
+}
+
+func (f simFiles) rename(_ context.Context, from, to string) error {
+	if _, err := os.Stat(f.h.Local(to)); err == nil {
+		return fault.ErrExists
+	}
+	return classified(os.Rename(f.h.Local(from), f.h.Local(to)))
+}
+
+func (f simFiles) room(context.Context, string, int64) error { return nil }
+
+// classified says what SMB would.
+func classified(err error) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%w: %w", fault.ErrNotFound, err)
+	case errors.Is(err, os.ErrExist):
+		return fmt.Errorf("%w: %w", fault.ErrExists, err)
+	}
+	return err
+}

@@ -1,0 +1,661 @@
+package hyperv
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"iter"
+	"maps"
+	"math/rand/v2"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/imagetest"
+	"github.com/backstay/backstay/internal/image/vhdx"
+	"github.com/backstay/backstay/internal/secret"
+	"github.com/backstay/backstay/internal/vm"
+	"github.com/backstay/backstay/internal/wsman"
+	sim "github.com/backstay/backstay/sim/hyperv"
+	"github.com/backstay/backstay/sim/hyperv/host"
+)
+
+// A restoreLab is a simulated host behind its real protocol, whose files are
+// reached where they lie, and which goes out of reach on cue.
+type restoreLab struct {
+	t     *testing.T
+	host  *host.Host
+	dir   string
+	state string
+	wmi   *wsman.Client // one for all drivers: signing in takes longest
+
+	mu   sync.Mutex
+	n    int      // requests and file operations so far
+	at   int      // the one to break, from 1 on; 0 for none
+	late bool     // the host does it, and its answer is lost
+	trip func()   // instead of an error: called before that request
+	log  []string // what was asked
+}
+
+func newRestoreLab(t *testing.T) *restoreLab {
+	l := &restoreLab{t: t, dir: imagetest.MemoryDir(t), state: imagetest.MemoryDir(t)}
+	h, err := host.New(host.Options{Dir: l.dir, JobTime: time.Nanosecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := h.AddVM(host.Spec{Name: "web01", Off: true, Disks: []host.DiskSpec{{Bytes: 4 << 20}, {Bytes: 4 << 20}}}); err != nil {
+		t.Fatal(err)
+	}
+	l.host = h
+	end, err := sim.Serve(h, "HV01", sim.Options{User: "backup", Password: "secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { end.Close() })
+	pin, err := wsman.ParseFingerprint(end.Fingerprint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.wmi, err = wsman.New(wsman.Config{URL: end.URL, User: "backup", Password: secret.New([]byte("secret")), Pin: &pin}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.wmi.Close() })
+	return l
+}
+
+// driver is a Driver of the lab's host.
+func (l *restoreLab) driver() *Driver {
+	d := newDriver(brittle{l, l.wmi}, brittleFiles{l, simFiles{l.host}}, Options{Host: &url.URL{Scheme: "hyperv", Host: "hv01"}, StateDir: l.state})
+	d.poll, d.lookTime = time.Millisecond, 20*time.Millisecond
+	return d
+}
+
+// broken counts a request. do says whether the host gets it.
+func (l *restoreLab) broken(what string) (do bool, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.n++
+	l.log = append(l.log, what)
+	if l.n != l.at {
+		return true, nil
+	}
+	if l.trip != nil {
+		l.trip()
+		return true, nil
+	}
+	return l.late, &wsman.ConnectionError{Host: "hv01", Sent: l.late, Err: errors.New("the cable was pulled")}
+}
+
+// arm breaks the n-th request from now on.
+func (l *restoreLab) arm(n int, late bool, trip func()) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.n, l.at, l.late, l.trip, l.log = 0, n, late, trip, nil
+}
+
+// brittle breaks requests to the host's classes.
+type brittle struct {
+	l *restoreLab
+	m management
+}
+
+func (b brittle) Query(ctx context.Context, wql string) iter.Seq2[*wsman.Instance, error] {
+	do, err := b.l.broken(wql)
+	if err != nil || !do {
+		return func(yield func(*wsman.Instance, error) bool) { yield(nil, err) }
+	}
+	return b.m.Query(ctx, wql)
+}
+
+func (b brittle) Get(ctx context.Context, ref wsman.Ref) (*wsman.Instance, error) {
+	if _, err := b.l.broken("get " + ref.Class); err != nil {
+		return nil, err
+	}
+	return b.m.Get(ctx, ref)
+}
+
+func (b brittle) Invoke(ctx context.Context, ref wsman.Ref, method string, args ...wsman.Argument) (*wsman.Instance, error) {
+	do, err := b.l.broken(method)
+	if do {
+		in, e := b.m.Invoke(ctx, ref, method, args...)
+		if err == nil {
+			return in, e
+		}
+	}
+	return nil, err
+}
+
+func (b brittle) Close() error { return b.m.Close() }
+
+// brittleFiles breaks what is done with files.
+type brittleFiles struct {
+	l *restoreLab
+	simFiles
+}
+
+func (b brittleFiles) op(what string, do func() error) error {
+	may, err := b.l.broken(what)
+	if err != nil {
+		err = &FilesError{err}
+	}
+	if may {
+		if e := do(); err == nil {
+			return e
+		}
+	}
+	return err
+}
+
+func (b brittleFiles) create(ctx context.Context, name string) (out image.Output, err error) {
+	err = b.op("create", func() (err error) { out, err = b.simFiles.create(ctx, name); return err })
+	if err != nil && out != nil {
+		out.Close()
+		out = nil
+	}
+	return out, err
+}
+
+func (b brittleFiles) mkdir(ctx context.Context, name string) error {
+	return b.op("mkdir", func() error { return b.simFiles.mkdir(ctx, name) })
+}
+
+func (b brittleFiles) remove(ctx context.Context, name string) error {
+	return b.op("remove", func() error { return b.simFiles.remove(ctx, name) })
+}
+
+func (b brittleFiles) rename(ctx context.Context, from, to string) error {
+	return b.op("rename", func() error { return b.simFiles.rename(ctx, from, to) })
+}
+
+// files are all that lies on the host, and its VMs with their disks: what
+// undoing has to bring back.
+func (l *restoreLab) picture() string {
+	l.t.Helper()
+	var out []string
+	err := filepath.WalkDir(l.dir, func(path string, e fs.DirEntry, err error) error {
+		rel, _ := filepath.Rel(l.dir, path)
+		out = append(out, rel)
+		return err
+	})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.arm(0, false, nil)
+	machines, err := l.driver().Machines(l.t.Context())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, m := range machines {
+		out = append(out, fmt.Sprintf("%s %s %v", m.Name, m.State, m.Disks))
+	}
+	return strings.Join(out, "\n")
+}
+
+// content is what the disk n of a test has to hold.
+func content(n int) []byte { return bytes.Repeat([]byte{byte(n + 1), 'x'}, 1<<20) }
+
+// writeDisks writes the disks as restores do.
+func writeDisks(ctx context.Context, b hypervisor.Builder, ids ...vm.DiskID) error {
+	need := map[vm.DiskID]int64{}
+	for _, id := range ids {
+		need[id] = 2 << 20
+	}
+	if err := b.Room(ctx, need); err != nil {
+		return err
+	}
+	for n, id := range ids {
+		out, _, err := b.Create(ctx, id)
+		if err != nil {
+			return err
+		}
+		w, err := vhdx.NewWriter(out, image.CreateOptions{VirtualBytes: 4 << 20})
+		if err != nil {
+			return err
+		}
+		_, err = w.WriteAt(content(n), 1<<20)
+		if err == nil {
+			err = w.Finish()
+		}
+		w.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// restored makes a VM as a restore does, and aborts it if it comes to nothing.
+func (l *restoreLab) restored(ctx context.Context, o NewVMOptions) (hypervisor.Built, error) {
+	b, err := l.driver().NewVM(ctx, o)
+	if err != nil {
+		return hypervisor.Built{}, err
+	}
+	return finish(ctx, b, o.Disks)
+}
+
+func finish(ctx context.Context, b hypervisor.Builder, disks []vm.DiskID) (done hypervisor.Built, err error) {
+	if err = writeDisks(ctx, b, disks...); err == nil {
+		done, err = b.Commit(ctx)
+	}
+	if err != nil {
+		return done, errors.Join(err, b.Abort(ctx))
+	}
+	return done, nil
+}
+
+// wantContent looks what a disk of the host holds.
+func (l *restoreLab) wantContent(file string, want []byte) {
+	l.t.Helper()
+	f, err := image.OpenFile(l.host.Local(file))
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	img, err := vhdx.Open(f, nil)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	defer img.Close()
+	got := make([]byte, len(want))
+	if _, err := img.ReadAt(got, 1<<20); err != nil || !bytes.Equal(got, want) {
+		l.t.Errorf("%s holds something else (%v)", file, err)
+	}
+}
+
+func newOptions(name string) NewVMOptions {
+	return NewVMOptions{Name: name, RepoID: ourRepo, Known: true, Disks: []vm.DiskID{"scsi0:0", "scsi1:5"}, Folder: `C:\VMs`,
+		Definition: vm.Definition{Version: 1, Name: "web01", Hypervisor: "hyperv", Processors: 3, MemoryBytes: 768 << 20, Firmware: "uefi", SecureBoot: true, Notes: "the shop",
+			Disks: []vm.DiskPlace{{ID: "scsi0:0", Bus: "scsi"}, {ID: "scsi1:5", Bus: "scsi", Controller: 1, Slot: 5}},
+			NICs:  []vm.NIC{{MAC: "00:15:5d:01:02:03", Network: "LAN", Model: "synthetic"}}}}
+}
+
+// A VM is made of a description: with its disks where they were, in files of
+// its own, and on no network.
+func TestNewVM(t *testing.T) {
+	l := newRestoreLab(t)
+	before, err := l.driver().Machines(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := newOptions("web02")
+	o.Start = true
+	done, err := l.restored(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !done.Running || done.How != "definition" || done.UUID == before[0].UUID || len(done.Warnings) > 0 || !strings.Contains(strings.Join(done.Notes, " "), "not connected (before: LAN)") {
+		t.Errorf("%+v", done)
+	}
+	d := l.driver()
+	_, list, err := d.systems(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := choose(list, "web02")
+	if err != nil || s.state != stateRunning || s.guid != done.UUID {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	now, err := d.present(t.Context(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasSuffix(now.text("VirtualSystemSubType"), ":2") || !now.truth("SecureBootEnabled") || now.text("Notes") != "the shop" || now.text("ConfigurationDataRoot") != `C:\VMs\web02` {
+		t.Errorf("%v", now)
+	}
+	m := &making{Building: &Building{d: d}, now: now}
+	for class, want := range map[string]int64{"Msvm_ProcessorSettingData": 3, "Msvm_MemorySettingData": 768} {
+		list, err := m.settings(t.Context(), class)
+		if err != nil || len(list) != 1 {
+			t.Fatal(list, err)
+		}
+		if n, _ := list[0].number("VirtualQuantity"); n != want {
+			t.Errorf("%s: %d, want %d", class, n, want)
+		}
+	}
+	drives, _, err := d.drives(t.Context(), now.ref)
+	if err != nil || len(drives) != 2 {
+		t.Fatal(drives, err)
+	}
+	slots := []string{string(drives[0].ID)[5:], string(drives[1].ID)[5:]}
+	slices.Sort(slots)
+	if !slices.Equal(slots, []string{":0", ":5"}) {
+		t.Errorf("disks hang at %s and %s", drives[0].ID, drives[1].ID)
+	}
+	l.wantContent(`C:\VMs\web02\web02-scsi0-0.vhdx`, content(0))
+	l.wantContent(`C:\VMs\web02\web02-scsi1-5.vhdx`, content(1))
+	if cards, err := m.settings(t.Context(), classNIC); err != nil || len(cards) != 1 || cards[0].truth("StaticMacAddress") {
+		t.Errorf("network cards: %v, %v", cards, err)
+	}
+	if links, err := m.settings(t.Context(), classLink); err != nil || len(links) > 0 {
+		t.Errorf("connections: %v, %v", links, err)
+	}
+}
+
+// A VM of that name is not made twice, by whoever.
+func TestNewVMNameTaken(t *testing.T) {
+	l := newRestoreLab(t)
+	for _, name := range []string{"web01", "WEB01"} {
+		if _, err := l.restored(t.Context(), newOptions(name)); !errors.Is(err, fault.ErrExists) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	before := l.picture()
+	b, err := l.driver().NewVM(t.Context(), newOptions("web02"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.driver().NewVM(t.Context(), newOptions("web02")); !errors.Is(err, fault.ErrLocked) {
+		t.Errorf("a second restore of that name: %v", err)
+	}
+	if err := writeDisks(t.Context(), b, "scsi0:0", "scsi1:5"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.host.AddVM(host.Spec{Name: "web02"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Commit(t.Context()); !errors.Is(err, fault.ErrExists) {
+		t.Errorf("a name that was taken meanwhile: %v", err)
+	}
+	if err := b.Abort(t.Context()); !errors.As(err, new(*NotEmptyError)) { // the other's files
+		t.Errorf("abort: %v", err)
+	}
+	if after := l.picture(); strings.Count(after, ".vhdx") != strings.Count(before, ".vhdx") {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// everyRequest breaks one request after the other of what do does: lost on the
+// way there, lost on the way back, and the user breaking off. Whatever breaks,
+// do either works or leaves nothing, and if its own cleaning up is cut off the
+// next run does it. All of it takes a minute; without BACKSTAY_SOAK some of the
+// requests are taken, others in each run.
+func everyRequest(t *testing.T, l *restoreLab, do func(ctx context.Context) error, undo func()) {
+	l.arm(0, false, nil)
+	if err := do(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	total := l.n
+	undo()
+	before := l.picture()
+	ways := []string{"lost", "late", "cancelled"}
+	every := 16
+	if testing.Short() {
+		every = 40
+	}
+	if os.Getenv("BACKSTAY_SOAK") != "" {
+		every = 1
+	}
+	first := rand.IntN(every)
+	t.Logf("from %d on every %d of %d requests", first, every, len(ways)*total)
+	broke := 0
+	for i := first; i < len(ways)*total; i += every {
+		n, how := i/len(ways)+1, ways[i%len(ways)]
+		ctx, cancel := context.WithCancel(t.Context())
+		var trip func()
+		if how == "cancelled" {
+			trip = cancel
+		}
+		l.arm(n, how == "late", trip)
+		err := do(ctx)
+		cancel()
+		what := "nothing"
+		if len(l.log) >= n {
+			what = l.log[n-1]
+		}
+		if err == nil {
+			undo()
+		} else {
+			broke++
+		}
+		if after := l.picture(); after != before {
+			t.Fatalf("%s: request %d of %d, %s (%v)\nbefore:\n%s\nafter:\n%s", how, n, total, what, err, before, after)
+		}
+	}
+	if broke == 0 {
+		t.Error("nothing broke it")
+	}
+}
+
+// However far the making of a VM gets before the host goes away for a moment,
+// or the user breaks off, nothing of it stays.
+func TestNewVMUndone(t *testing.T) {
+	l := newRestoreLab(t)
+	everyRequest(t, l, func(ctx context.Context) error {
+		_, err := l.restored(ctx, newOptions("web02"))
+		return err
+	}, func() { l.takeAway("web02") })
+}
+
+// takeAway deletes a VM with its folder, as a person would.
+func (l *restoreLab) takeAway(name string) {
+	l.t.Helper()
+	l.arm(0, false, nil)
+	d := l.driver()
+	_, list, err := d.systems(l.t.Context())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	s, err := choose(list, name)
+	if err == nil {
+		err = d.destroySystem(l.t.Context(), s.ref)
+	}
+	if err == nil {
+		err = os.RemoveAll(l.host.Local(`C:\VMs\` + name))
+	}
+	if err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+// After kill -9 the next run to that host takes away what was made, and only
+// that.
+func TestNewVMKilled(t *testing.T) {
+	l := newRestoreLab(t)
+	before := l.picture()
+	for _, how := range []string{"disks", "half a VM", "whole"} {
+		d := l.driver()
+		b, err := d.NewVM(t.Context(), newOptions("web02"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := writeDisks(t.Context(), b, "scsi0:0", "scsi1:5"); err != nil {
+			t.Fatal(err)
+		}
+		switch how {
+		case "half a VM":
+			l.arm(12, true, nil)
+			if err := b.commit(t.Context()); err == nil {
+				t.Fatal("it was to break")
+			}
+		case "whole":
+			if err := b.commit(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		// What lives is left alone.
+		_, list, err := l.driver().systems(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if said := l.driver().reapRestores(t.Context(), "HV01", list, ""); len(said) > 0 {
+			t.Errorf("%s: a restore that lives: %q", how, said)
+		}
+		for _, out := range b.outs { // as the kernel does
+			out.Close()
+		}
+		b.run.Close()
+		b.lock.Unlock()
+		if said := l.driver().reapRestores(t.Context(), "hv02", list, ""); len(said) > 0 {
+			t.Errorf("%s: another host: %q", how, said)
+		}
+		said := l.driver().reapRestores(t.Context(), "HV01", list, "")
+		if len(said) != 1 || !strings.Contains(said[0], "took away") {
+			t.Errorf("%s: %q", how, said)
+		}
+		if after := l.picture(); after != before {
+			t.Errorf("%s:\nbefore:\n%s\nafter:\n%s", how, before, after)
+		}
+	}
+}
+
+// replaced gives web01 other disks as a restore over the original does.
+func (l *restoreLab) replaced(ctx context.Context, o ReplaceOptions) (hypervisor.Built, error) {
+	b, err := l.driver().Replace(ctx, o)
+	if err != nil {
+		return hypervisor.Built{}, err
+	}
+	return finish(ctx, b, o.Disks)
+}
+
+// drivesOf are a VM's disks and the files that they are in.
+func (l *restoreLab) drivesOf(name string) map[vm.DiskID]string {
+	l.t.Helper()
+	machines, err := l.driver().Machines(l.t.Context())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	out := map[vm.DiskID]string{}
+	for _, m := range machines {
+		for _, d := range m.Disks {
+			if m.Name == name {
+				out[d.ID] = d.Source
+			}
+		}
+	}
+	return out
+}
+
+// A VM gets its disks back; those that it had stay beside, under a name that
+// says so, or go if that was asked for. What was not restored stays.
+func TestReplace(t *testing.T) {
+	l := newRestoreLab(t)
+	first := l.drivesOf("web01")
+	o := ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:1"}, Start: true}
+	done, err := l.replaced(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := l.drivesOf("web01")
+	if !done.Running || len(done.Warnings) > 0 || len(done.Kept) != 1 || !strings.Contains(done.Kept[0].Path, "-before-") || !strings.Contains(now["scsi0:1"], "-restored-") {
+		t.Errorf("%+v, %v", done, now)
+	}
+	if now["scsi0:0"] != first["scsi0:0"] {
+		t.Errorf("the other disk is in %s", now["scsi0:0"])
+	}
+	l.wantContent(now["scsi0:1"], content(0))
+	if _, err := os.Stat(l.host.Local(done.Kept[0].Path)); err != nil {
+		t.Error(err)
+	}
+	if _, err := l.replaced(t.Context(), o); !errors.Is(err, ErrRunning) {
+		t.Errorf("a VM that runs: %v", err)
+	}
+	o.PowerOff, o.RemoveOld, o.Start = true, true, false
+	o.Disks = []vm.DiskID{"scsi0:0", "scsi0:1"}
+	if done, err = l.replaced(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if done.Running || len(done.Kept) != 2 || done.Kept[1].Path != "" {
+		t.Errorf("%+v", done)
+	}
+	for _, old := range []string{first["scsi0:0"], now["scsi0:1"]} {
+		if _, err := os.Stat(l.host.Local(old)); err == nil {
+			t.Errorf("%s is still there", old)
+		}
+	}
+	l.wantContent(l.drivesOf("web01")["scsi0:1"], content(1))
+	o.Disks = []vm.DiskID{"scsi0:7"}
+	if _, err := l.replaced(t.Context(), o); !errors.Is(err, fault.ErrNotFound) {
+		t.Errorf("a disk that the VM has not: %v", err)
+	}
+}
+
+// A swap that does not succeed with all disks is undone: the VM has its own
+// again, and runs if it ran.
+func TestReplaceUndone(t *testing.T) {
+	l := newRestoreLab(t)
+	// Only what comes before the point of no return is undone; afterwards the
+	// VM has its restored disks, and nobody takes them away.
+	everyRequest(t, l, func(ctx context.Context) error {
+		b, err := l.driver().Replace(ctx, ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0", "scsi0:1"}})
+		if err != nil {
+			return err
+		}
+		err = writeDisks(ctx, b, "scsi0:0", "scsi0:1")
+		if err == nil {
+			err = b.commit(ctx)
+		}
+		if err == nil {
+			err = errors.New("the last step fails")
+		}
+		if e := b.Abort(ctx); e != nil {
+			return e
+		}
+		if strings.Contains(err.Error(), "the last step fails") {
+			return nil
+		}
+		return err
+	}, func() {})
+}
+
+// After kill -9 between two swaps the next run to the host puts the disks back.
+func TestReplaceKilled(t *testing.T) {
+	l := newRestoreLab(t)
+	before := l.drivesOf("web01")
+	b, err := l.driver().Replace(t.Context(), ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0", "scsi0:1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := writeDisks(t.Context(), b, "scsi0:0", "scsi0:1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.run.Close()
+	b.lock.Unlock()
+	s, err := l.driver().Begin(t.Context(), "web01", hypervisor.Options{RepoID: ourRepo, Consistency: vm.Crash})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if w := strings.Join(s.Warnings(), "\n"); !strings.Contains(w, "took away what it had made") {
+		t.Errorf("%q", w)
+	}
+	if err := s.Abort(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	after := l.drivesOf("web01")
+	if !maps.Equal(before, after) || strings.Contains(l.picture(), "-restored-") {
+		t.Errorf("before %v, after %v\n%s", before, after, l.picture())
+	}
+}
+
+// A VM with checkpoints keeps its disks: they are what the checkpoints are of.
+func TestReplaceWithCheckpoints(t *testing.T) {
+	l := newRestoreLab(t)
+	s, err := l.driver().Begin(t.Context(), "web01", hypervisor.Options{RepoID: ourRepo, Consistency: vm.Crash})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0"}}
+	if _, err := l.replaced(t.Context(), o); !errors.Is(err, fault.ErrLocked) {
+		t.Errorf("while it is backed up: %v", err)
+	}
+	kill(s)
+	if _, err := l.replaced(t.Context(), o); !errors.Is(err, ErrCheckpoints) {
+		t.Errorf("%v", err)
+	}
+}

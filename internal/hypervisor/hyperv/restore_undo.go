@@ -1,0 +1,255 @@
+package hyperv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor/journal"
+	"github.com/backstay/backstay/internal/wsman"
+)
+
+// undoTime is how long a host that went away is waited for while a restore is
+// taken back.
+const undoTime = 60 * time.Second
+
+// undoRestore takes away what a run's journal names, the newest first. What it
+// can't, stays in the journal.
+func (d *Driver) undoRestore(ctx context.Context, run *journal.Run, patience time.Duration) error {
+	var errs []error
+	until := time.Now().Add(patience)
+	entries := run.Open()
+	for _, e := range slices.Backward(entries) {
+		err := d.persist(ctx, until, func() error { return d.undoOne(ctx, e) })
+		switch {
+		case err == nil:
+			errs = append(errs, run.Done(e.Kind, e.Name))
+		case errors.Is(err, errMaybeLater):
+			// Nobody can say whether it comes yet: the next run looks again.
+		default:
+			var rest *NotEmptyError
+			if errors.As(err, &rest) { // others' files: it is not ours any more
+				errs = append(errs, run.Done(e.Kind, e.Name))
+			}
+			errs = append(errs, fmt.Errorf("%s %s: %w", e.Kind, e.Name, err))
+			if e.Kind == kindNewVM || e.Kind == kindSwap {
+				return errors.Join(errs...) // its disks are in use
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// persist tries again what failed because the host was out of reach or busy.
+func (d *Driver) persist(ctx context.Context, until time.Time, do func() error) error {
+	for {
+		err := do()
+		var cut *wsman.ConnectionError
+		var file *FilesError
+		again := errors.As(err, &cut) || errors.Is(err, wsman.ErrBusy) || errors.Is(err, errBusy) ||
+			errors.As(err, &file) && !errors.Is(err, fault.ErrDenied) && !errors.Is(err, fault.ErrUnsupported)
+		if !again || time.Now().After(until) || ctx.Err() != nil {
+			return err
+		}
+		if sleep(ctx, d.poll) != nil {
+			return err
+		}
+	}
+}
+
+// errMaybeLater says that a VM is not there, and may still come.
+var errMaybeLater = errors.New("it is not there yet")
+
+func (d *Driver) undoOne(ctx context.Context, e journal.Entry) error {
+	switch e.Kind {
+	case kindNewVM:
+		return d.destroyNew(ctx, e)
+	case kindSwap:
+		return d.swapBack(ctx, e)
+	case kindFile:
+		return missingIsFine(d.files.remove(ctx, e.Name))
+	case kindFolder:
+		return d.removeFolder(ctx, e.Name)
+	}
+	return fmt.Errorf("what that is, this version does not know: %w", fault.ErrUnsupported)
+}
+
+func missingIsFine(err error) error {
+	if errors.Is(err, fault.ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
+// destroyNew destroys the VM that an entry is about: that of its GUID, or of
+// the name that only we give.
+func (d *Driver) destroyNew(ctx context.Context, e journal.Entry) error {
+	if job := parseRef(e.Data[dataJob]); job.Class != "" && e.Data[dataID] == "" {
+		waiting, cancel := context.WithTimeout(ctx, d.settleTime)
+		err := d.wait(waiting, "its job", job)
+		over := waiting.Err() != nil
+		cancel()
+		if over {
+			return err
+		}
+	}
+	for until := time.Now().Add(d.lookTime); ; {
+		_, list, err := d.systems(ctx)
+		if err != nil {
+			return err
+		}
+		i := slices.IndexFunc(list, func(s system) bool { return s.guid == e.Data[dataID] || s.name == e.Name })
+		if i >= 0 {
+			return d.destroySystem(ctx, list[i].ref)
+		}
+		switch {
+		case e.Data[dataID] != "" || e.Data[dataJob] != "" || e.Data[dataLate] != "":
+			return nil
+		case time.Now().After(until):
+			return errMaybeLater
+		}
+		if err := sleep(ctx, d.poll); err != nil {
+			return errMaybeLater
+		}
+	}
+}
+
+func (d *Driver) destroySystem(ctx context.Context, ref wsman.Ref) error {
+	_, err := d.manage(ctx, "DestroySystem", wsman.Arg("AffectedSystem", wsman.Of(ref)))
+	if err == nil {
+		return nil
+	}
+	if _, e := d.Get(ctx, ref); errors.Is(e, fault.ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
+// A NotEmptyError is a folder of ours in which others have files.
+type NotEmptyError struct{ Folder string }
+
+func (e *NotEmptyError) Error() string {
+	return fmt.Sprintf("folder %s stays: there are files in it that are not ours", e.Folder)
+}
+
+// Folders that a host makes in a VM's, and the files that it may leave there.
+var (
+	hostFolders = []string{"Virtual Machines", "Snapshots", "Planned Virtual Machines", "Virtual Hard Disks"}
+	hostFiles   = []string{".vmcx", ".vmrs", ".vmgs", ".xml", ".bin", ".vsv"}
+)
+
+// removeFolder removes a folder of ours with what the host left of a VM that is
+// gone.
+func (d *Driver) removeFolder(ctx context.Context, folder string) error {
+	if _, err := d.files.list(ctx, folder); err != nil {
+		return missingIsFine(err)
+	}
+	_, live, err := d.systems(ctx)
+	if err != nil {
+		return err
+	}
+	for _, sub := range hostFolders {
+		at := folder + `\` + sub
+		names, err := d.files.list(ctx, at)
+		if errors.Is(err, fault.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for _, name := range names {
+			guid, ok := guidOf(strings.TrimSuffix(name, filepath.Ext(name)))
+			if !ok || !slices.Contains(hostFiles, strings.ToLower(filepath.Ext(name))) || slices.ContainsFunc(live, func(s system) bool { return s.guid == guid }) {
+				continue
+			}
+			if err := missingIsFine(d.files.remove(ctx, at+`\`+name)); err != nil {
+				return err
+			}
+			if err := d.removeEmpty(ctx, at+`\`+strings.TrimSuffix(name, filepath.Ext(name))); err != nil {
+				return err
+			}
+		}
+		if err := d.removeEmpty(ctx, at); err != nil {
+			return err
+		}
+	}
+	return d.removeEmpty(ctx, folder)
+}
+
+// removeEmpty removes a folder, unless there is something in it: that is a
+// NotEmptyError.
+func (d *Driver) removeEmpty(ctx context.Context, folder string) error {
+	err := missingIsFine(d.files.remove(ctx, folder))
+	if err == nil {
+		return nil
+	}
+	if names, e := d.files.list(ctx, folder); e == nil && len(names) > 0 {
+		return &NotEmptyError{folder}
+	}
+	return err
+}
+
+// reapRestores takes away what restores to this host left that died. held is
+// whose lock the caller has. It says what it did, and never keeps anybody from
+// going on.
+func (d *Driver) reapRestores(ctx context.Context, host string, list []system, held string) (said []string) {
+	j, err := d.restoreJournal()
+	if err != nil {
+		return []string{fmt.Sprintf("look for leftovers of restores: %v", err)}
+	}
+	machines, err := j.Machines()
+	if err != nil {
+		return []string{fmt.Sprintf("look for leftovers of restores: %v", err)}
+	}
+	host = strings.ToLower(host)
+	for _, machine := range machines {
+		if machine != held {
+			l, _, err := journal.TryLock(filepath.Join(d.stateDir, "hyperv"), machine, tidying)
+			if l == nil || err != nil {
+				continue // it lives
+			}
+			said = append(said, d.reapRestore(ctx, j, machine, host)...)
+			l.Unlock()
+			continue
+		}
+		said = append(said, d.reapRestore(ctx, j, machine, host)...)
+	}
+	return said
+}
+
+func (d *Driver) reapRestore(ctx context.Context, j *journal.Journal, machine, host string) (said []string) {
+	runs, err := j.Runs(machine)
+	if err != nil {
+		return []string{fmt.Sprintf("clean up after an interrupted restore: %v", err)}
+	}
+	for _, r := range runs {
+		open := r.Open()
+		if len(open) == 0 || open[0].Data[dataHost] != host {
+			continue
+		}
+		var names []string
+		for _, e := range open {
+			names = append(names, e.Name)
+			if e.Kind == kindNewVM && e.Data[dataID] == "" && e.Data[dataJob] == "" {
+				// It had time enough to come since.
+				e.Data[dataLate] = "yes"
+				err = errors.Join(err, r.Note(e))
+			}
+		}
+		if err == nil {
+			err = d.undoRestore(ctx, r, reapOthersTime)
+		}
+		if err != nil {
+			said = append(said, fmt.Sprintf("clean up after an interrupted restore: %v", err))
+		} else {
+			said = append(said, "a restore was interrupted; took away what it had made: "+strings.Join(names, ", "))
+		}
+		r.Close()
+	}
+	return said
+}

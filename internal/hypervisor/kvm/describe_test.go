@@ -1,0 +1,39 @@
+package kvm
+
+import (
+	"reflect"
+	"testing"
+
+	"github.com/backstay/backstay/internal/vm"
+)
+
+// What another hypervisor has to know of a VM is in its definition.
+func TestDescribe(t *testing.T) {
+	for _, c := range []struct {
+		name, xml string
+		want      vm.Definition
+	}{
+		{"bios, memory in KiB", `<domain type="kvm"><name>web01</name><memory>1048576</memory><vcpu>4</vcpu><os><type>hvm</type></os></domain>`,
+			vm.Definition{Version: 1, Name: "web01", Hypervisor: "kvm", Processors: 4, MemoryBytes: 1 << 30, Firmware: "bios"}},
+		{"uefi by its flash", `<domain type="kvm"><name>w</name><memory unit="GiB">2</memory><os><type>hvm</type><loader type="pflash" secure="yes">/x</loader></os></domain>`,
+			vm.Definition{Version: 1, Name: "w", Hypervisor: "kvm", MemoryBytes: 2 << 30, Firmware: "uefi", SecureBoot: true}},
+		{"uefi by name, an absurd memory", `<domain type="kvm"><name>w</name><memory unit="TiB">99999999999</memory><os firmware="efi"><type>hvm</type></os></domain>`,
+			vm.Definition{Version: 1, Name: "w", Hypervisor: "kvm", Firmware: "uefi"}},
+		{"disks and cards", `<domain type="kvm"><name>w</name><devices>
+<disk type="file" device="disk"><source file="/v/a.qcow2"/><target dev="vda" bus="virtio"/></disk>
+<disk type="file" device="cdrom"><target dev="sda" bus="sata"/></disk>
+<disk type="block" device="disk"><source dev="/dev/x"/><target dev="sdb" bus="scsi"/></disk>
+<interface type="bridge"><mac address="52:54:00:00:00:01"/><source bridge="br0"/><model type="virtio"/></interface>
+<interface type="user"/><tpm model="tpm-crb"><backend type="emulator"/></tpm></devices></domain>`,
+			vm.Definition{Version: 1, Name: "w", Hypervisor: "kvm", Firmware: "bios", TPM: true,
+				Disks: []vm.DiskPlace{{ID: "vda", Bus: "virtio", Source: "/v/a.qcow2"}, {ID: "sdb", Bus: "scsi", Slot: 1}},
+				NICs:  []vm.NIC{{MAC: "52:54:00:00:00:01", Network: "br0", Model: "virtio"}, {}}}},
+	} {
+		if got, err := Describe([]byte(c.xml)); err != nil || !reflect.DeepEqual(got, c.want) {
+			t.Errorf("%s: %+v, %v; want %+v", c.name, got, err, c.want)
+		}
+	}
+	if _, err := Describe([]byte("<domain")); err == nil {
+		t.Error("half a definition was read")
+	}
+}
