@@ -3,7 +3,9 @@ package main_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"net/url"
@@ -17,6 +19,8 @@ import (
 
 	"github.com/rogpeppe/go-internal/testscript"
 
+	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/vhdx"
 	"github.com/backstay/backstay/internal/smb/smbtest"
 	sim "github.com/backstay/backstay/sim/hyperv"
 	"github.com/backstay/backstay/sim/hyperv/cim"
@@ -229,6 +233,16 @@ func hypervCmds() map[string]func(*testscript.TestScript, bool, []string) {
 			h.seed++
 			ts.Check(h.host.Write(h.vm, 0, number(ts, args[0]), number(ts, args[1]), h.seed))
 		},
+		// hyperv-disk FILE PATH: copies a disk that lies on the host, as raw.
+		"hyperv-disk": func(ts *testscript.TestScript, neg bool, args []string) {
+			ts.Check(rawOf(of(ts).host.Local(args[1]), ts.MkAbs(args[0])))
+		},
+		// hyperv-state VM STATE: a VM of the host is "running", "off" or "none".
+		"hyperv-state": func(ts *testscript.TestScript, neg bool, args []string) {
+			if got := of(ts).host.State(args[0]); got != args[1] {
+				ts.Fatalf("%s is %s", args[0], got)
+			}
+		},
 		// hyperv-cmp FILE: FILE holds what the guest's disk does.
 		"hyperv-cmp": func(ts *testscript.TestScript, neg bool, args []string) {
 			h := of(ts)
@@ -250,4 +264,24 @@ func hypervCmds() map[string]func(*testscript.TestScript, bool, []string) {
 			}
 		},
 	}
+}
+
+// rawOf writes the disk in a VHDX to a file of its own.
+func rawOf(vhdxFile, to string) error {
+	f, err := image.OpenFile(vhdxFile)
+	if err != nil {
+		return err
+	}
+	img, err := vhdx.Open(f, nil)
+	if err != nil {
+		f.Close()
+		return err
+	}
+	defer img.Close()
+	out, err := os.Create(to)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, io.NewSectionReader(img, 0, img.Size()))
+	return errors.Join(err, out.Close())
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/hypervisor/kvm"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/open"
@@ -30,10 +31,19 @@ type restoreOptions struct {
 	force       bool
 	inPlace     bool
 	start       bool
+
+	// Of a VM on a Hyper-V host.
+	folder      string
+	connectNICs bool
+	keepMACs    bool
+	firmware    string
+	powerOff    bool
+	removeOld   bool
+	host        credentials
 }
 
 func (a *app) restoreCmd() *cobra.Command {
-	var o restoreOptions
+	o := restoreOptions{host: hostCredentials()}
 	cmd := &cobra.Command{
 		Use:   "restore POINT",
 		Short: "bring a restore point back as images or as a VM",
@@ -43,29 +53,45 @@ func (a *app) restoreCmd() *cobra.Command {
 --to DIR/ makes all disks in a directory, with the VM's definition beside them;
 with --disk it makes that one there, and leaves alone what else is there.
 --to kvm:///system/NAME makes a new VM of them, which never replaces one.
+--to hyperv://USER@HOST/NAME does so on a Hyper-V host, wherever the restore
+point comes from: in a folder of its own, written over SMB as VHDX, with new
+identifiers and its network cards connected to nothing. The URL is that of
+"backstay backup". With --in-place the VM NAME gets its disks back instead: they
+are written beside its own while it may run, read back and compared, and swapped
+last, when it is off. The old disks stay beside under another name.
 
 The target appears when it is whole and durable, and never replaces anything
-without --force. Every chunk is verified while it is written. --in-place instead
-writes into an existing image only the chunks that differ; that is not atomic,
-and if it is interrupted the same command completes it.`,
+without --force. Every chunk is verified while it is written. --in-place for an
+image file writes only the chunks that differ; that is not atomic, and if it is
+interrupted the same command completes it.`,
 		Example: `  backstay restore web01 --to web01.vhdx --repo /srv/backup
   backstay restore web01/20261122T031500Z-7f3a9c01 --to /restored/
   backstay restore web01 --disk vdb --to data.raw
   backstay restore web01 --to kvm:///system/web01-again --start
-  backstay restore web01 --to disk.qcow2 --in-place`,
+  backstay restore web01 --to disk.qcow2 --in-place
+  backstay restore web01 --to 'hyperv://backup@hv01/web01-again?fingerprint=sha256:5F…' --start
+  backstay restore web01 --to 'hyperv://backup@hv01/web01' --in-place --power-off --start`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return a.restore(cmd.Context(), o, args[0]) },
 	}
 	f := cmd.Flags()
 	a.asOfFlag(f)
-	f.StringVar(&o.to, "to", "", "image file, directory or kvm:///system/NEWNAME (required)")
+	f.StringVar(&o.to, "to", "", "image file, directory, kvm:///system/NEWNAME or hyperv://USER@HOST/NEWNAME (required)")
 	f.StringVar(&o.disk, "disk", "", "only this disk: its name (vda) or its number, counted from 0")
 	f.StringVar(&o.format, "format", "", oneOf(formatWords())+" (default: by the extension, or what the disk was)")
 	f.StringVar(&o.variant, "variant", "", "of the format: "+variantHelp())
 	f.StringVar(&o.compression, "image-compression", "", "zlib or zstd, for a compressed qcow2")
 	f.BoolVar(&o.force, "force", false, "replace an existing target, once the restored one is whole")
-	f.BoolVar(&o.inPlace, "in-place", false, "write only the chunks that differ into an existing image")
-	f.BoolVar(&o.start, "start", false, "start the new VM")
+	f.BoolVar(&o.inPlace, "in-place", false, "write only the chunks that differ into an existing image; give an existing VM on Hyper-V its disks back")
+	f.BoolVar(&o.start, "start", false, "start the VM")
+	f.StringVar(&o.folder, "folder", "", `on the Hyper-V host: where the new VM's own folder is made (default: where the host keeps VMs)`)
+	f.BoolVar(&o.connectNICs, "connect-nics", false, "on Hyper-V: connect the new VM's network cards to the switches that they were connected to")
+	f.BoolVar(&o.keepMACs, "keep-macs", false, "on Hyper-V: network cards keep their addresses, which the original may be using")
+	f.StringVar(&o.firmware, "firmware", "", "on Hyper-V: bios or uefi (generation 1 or 2) (default: what the VM had)")
+	f.BoolVar(&o.powerOff, "power-off", false, "with --in-place on Hyper-V: switch the VM off when its restored disks are ready")
+	f.BoolVar(&o.removeOld, "remove-old", false, "with --in-place on Hyper-V: remove the old disks once the VM has the restored ones")
+	addHostFlags(f, &o.host)
+	completeWords(cmd, "firmware", []string{"bios", "uefi"})
 	completeWords(cmd, "format", formatWords())
 	var variants, compressions []string
 	for _, f := range open.Formats() {
@@ -120,21 +146,29 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 		return err
 	}
 	target := opts.Format
+	if dst.kind() == "hyperv" {
+		if err := o.checkHyperV(dst); err != nil {
+			return err
+		}
+	} else if err := o.hypervOnly(); err != nil {
+		return err
+	}
 	if target == "" && dst.scheme == "" && !isDirectory(o.to) {
 		target = restore.FormatOf(o.to)
 	}
-	if err := o.check(target); err != nil {
-		return err
+	if dst.kind() != "hyperv" {
+		if err := o.check(target); err != nil {
+			return err
+		}
 	}
 	switch {
 	case dst.kind() == "hyperv":
-		return fmt.Errorf("--to %s: a VM on a Hyper-V host: %w; restore its disks as files with --format vhdx", o.to, fault.ErrUnsupported)
 	case dst.scheme != "" && dst.vm == "":
 		return usage("--to %s names no VM: want kvm:///system/NEWNAME", o.to)
 	case dst.scheme != "" && (o.disk != "" || o.inPlace || o.force):
 		return usage("--disk, --in-place and --force do not go with a new VM")
 	case dst.scheme == "" && o.start:
-		return usage("--start goes with --to kvm:///system/NEWNAME")
+		return usage("--start goes with a VM: --to kvm:///system/NEWNAME or hyperv://USER@HOST/NEWNAME")
 	case o.inPlace && o.force:
 		return usage("--in-place overwrites by itself; --force does not go with it")
 	}
@@ -157,6 +191,9 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 	defer bar.end()
 	opts.Progress = bar.set
 	from := restore.Of(r)
+	if dst.kind() == "hyperv" {
+		return a.restoreHyperV(ctx, from, r.ID(), p, dst, o, opts, bar)
+	}
 	if dst.scheme != "" {
 		return a.restoreVM(ctx, from, p, dst, restore.VMOptions{Options: opts, Name: dst.vm, Start: o.start}, bar)
 	}
@@ -299,7 +336,28 @@ func (a *app) reportRestore(res restore.PointResult) error {
 	for _, f := range res.Files {
 		fmt.Fprintf(a.stdout, "  %s\n", f)
 	}
+	if res.VM != nil {
+		a.reportBuilt(*res.VM)
+	}
 	return nil
+}
+
+func (a *app) reportBuilt(b hypervisor.Built) {
+	state := "off"
+	if b.Running {
+		state = "running"
+	}
+	fmt.Fprintf(a.stdout, "  VM %s (%s) is %s\n", b.Name, b.UUID, state)
+	for _, k := range b.Kept {
+		if k.Path == "" {
+			fmt.Fprintf(a.stdout, "  %s: the old disk was removed\n", k.Disk)
+		} else {
+			fmt.Fprintf(a.stdout, "  %s: the old disk is kept as %s\n", k.Disk, k.Path)
+		}
+	}
+	for _, n := range b.Notes {
+		fmt.Fprintf(a.stdout, "  note: %s\n", n)
+	}
 }
 
 func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.RestorePoint, dst source, o restore.VMOptions, bar *bar) error {
