@@ -9,7 +9,6 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -150,7 +149,7 @@ func (s *story) write(disk int, off, n int64) error {
 
 // run runs one command, with its long arguments shown as variables.
 func (s *story) run(ctx context.Context, args ...string) error {
-	c := demo.Command{Program: s.backstay, Shown: slices.Clone(args), Hidden: []string{"--state-dir", filepath.Join(s.dir, "state")}}
+	c := demo.Command{Program: s.backstay, Shown: demo.Quoted(args), Hidden: []string{"--state-dir", filepath.Join(s.dir, "state")}}
 	for i, a := range args {
 		for _, v := range s.vars {
 			if a == "$"+v.name {

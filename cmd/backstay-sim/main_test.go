@@ -92,6 +92,11 @@ func TestTroubleThroughBothPrograms(t *testing.T) {
 			if (err != nil) != c.fails || !strings.Contains(string(out), c.says) {
 				t.Errorf("%v: %s", err, out)
 			}
+			// Also one that ended early is kept, and says so.
+			text, err := os.ReadFile(filepath.Join(dir, "out"))
+			if early := strings.Contains(string(text), `"failed":true`); err != nil || early != c.fails {
+				t.Errorf("the recording says that it failed: %v, %v", early, err)
+			}
 		})
 	}
 }

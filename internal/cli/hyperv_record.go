@@ -97,21 +97,27 @@ func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, out s
 	if err == nil && cycle {
 		err = d.Rehearse(ctx, s.vm, step)
 	}
-	if err != nil {
-		if errors.Is(err, fault.ErrNotFound) {
-			err = withHint(err, `run "backstay vm list %s" to see which VMs it has`, s.host)
-		}
-		return err
+	failed := err
+	switch {
+	case errors.Is(failed, fault.ErrNotFound) && s.vm != "":
+		return withHint(failed, `run "backstay vm list %s" to see which VMs it has`, s.host)
+	case failed != nil && (ctx.Err() != nil || !r.Answered()):
+		return failed
 	}
 	c, err := r.Recording(s.vm, version, "backstay "+Version, time.Now())
 	if err != nil {
-		return err
+		return errors.Join(failed, err)
 	}
+	// A host that we do not understand is the one whose answers are wanted most.
+	c.Failed = failed != nil
 	if err := errors.Join(c.Write(f), f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("%s: %w", out, err)
+		return errors.Join(failed, fmt.Errorf("%s: %w", out, err))
 	}
 	done = true
-	return a.printRecording(out, c)
+	if failed != nil {
+		a.say("it ended early; what the host answered until then is in %s, and may show why", out)
+	}
+	return errors.Join(failed, a.printRecording(out, c))
 }
 
 func (a *app) printRecording(file string, c *recording.Recording) error {

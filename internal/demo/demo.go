@@ -74,7 +74,7 @@ type Command struct {
 // ^C reaches it once, from here, with time to clean up the host.
 func (t *Teller) Run(ctx context.Context, c Command) error {
 	if c.Shown == nil {
-		c.Shown = quoted(c.Args)
+		c.Shown = Quoted(c.Args)
 	}
 	fmt.Fprintf(t.Out, "\n   $ backstay %s\n", strings.Join(c.Shown, " "))
 	cmd := exec.CommandContext(ctx, c.Program, append(slices.Clone(c.Args), c.Hidden...)...)
@@ -99,8 +99,8 @@ func (t *Teller) Run(ctx context.Context, c Command) error {
 
 var plain = regexp.MustCompile(`^[A-Za-z0-9_./:=,@%+-]+$`)
 
-// quoted writes args so that a shell would read them back.
-func quoted(args []string) []string {
+// Quoted writes args so that a shell would read them back.
+func Quoted(args []string) []string {
 	out := make([]string, len(args))
 	for i, a := range args {
 		if !plain.MatchString(a) {

@@ -122,7 +122,7 @@ func (c *cancelOn) Write(p []byte) (int, error) {
 }
 
 func TestQuoted(t *testing.T) {
-	got := strings.Join(quoted([]string{"plain", "kvm:///system?socket=/x", "it's", ""}), " ")
+	got := strings.Join(Quoted([]string{"plain", "kvm:///system?socket=/x", "it's", ""}), " ")
 	if want := `plain 'kvm:///system?socket=/x' 'it'\''s' ''`; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}

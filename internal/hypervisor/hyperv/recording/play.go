@@ -18,20 +18,21 @@ import (
 // has pseudonyms for may be anything, as long as it is always the same. It is
 // an http.Handler for the body of WS-Management; signing in is no matter of it.
 type Player struct {
-	mu    sync.Mutex
-	left  []Exchange
-	done  int
-	bound map[string]string // what the client says for a pseudonym
-	err   error
+	mu     sync.Mutex
+	left   []Exchange
+	done   int
+	bound  map[string]string // what the client says for a pseudonym
+	failed bool              // the recording ends too early
+	err    error
 }
 
 // NewPlayer makes a Player of a recording.
 func NewPlayer(c *Recording) *Player {
-	return &Player{left: c.Exchanges, bound: map[string]string{}}
+	return &Player{left: c.Exchanges, bound: map[string]string{}, failed: c.Failed}
 }
 
 // Err is what the client asked otherwise than the recording has it, or that it
-// did not ask all.
+// did not ask all. That it asks for more is no error where the recording failed.
 func (p *Player) Err() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -51,10 +52,10 @@ func (p *Player) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer p.mu.Unlock()
 	answer, status, err := p.next(body)
 	if err != nil {
-		if p.err == nil {
+		if p.err == nil && !(p.failed && errors.Is(err, errOver)) {
 			p.err = fmt.Errorf("request %d: %w", p.done+1, err)
 		}
-		http.Error(w, p.err.Error(), http.StatusNotImplemented)
+		http.Error(w, err.Error(), http.StatusNotImplemented)
 		return
 	}
 	w.Header().Set("Content-Type", "application/soap+xml;charset=UTF-8")
@@ -62,12 +63,14 @@ func (p *Player) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(answer) // a client that is gone needs no answer
 }
 
+var errOver = errors.New("the recording is over")
+
 func (p *Player) next(body []byte) (answer []byte, status int, err error) {
 	if p.err != nil {
 		return nil, 0, p.err
 	}
 	if len(p.left) == 0 {
-		return nil, 0, errors.New("the recording is over")
+		return nil, 0, errOver
 	}
 	x := p.left[0]
 	want, err := parse([]byte(x.Request))

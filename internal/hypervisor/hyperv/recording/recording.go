@@ -49,6 +49,9 @@ type Header struct {
 	// not be read, and so not be sanitised. Neither is in the recording.
 	Unanswered int `json:"unanswered"`
 	LeftOut    int `json:"left_out"`
+	// Failed says that it ended before all was asked, since the client did not
+	// go on: perhaps because it does not understand this host.
+	Failed bool `json:"failed,omitempty"`
 }
 
 // An Exchange is each further line: a request and its answer, in clear.
@@ -96,6 +99,13 @@ func (r *Recorder) Record(x wsman.Exchange) {
 	}
 	r.all = append(r.all, Exchange{Step: step, Action: x.Action, Status: x.Status, Millis: x.Took.Milliseconds(),
 		Request: string(x.Request), Response: string(x.Response)})
+}
+
+// Answered says whether the host answered anything.
+func (r *Recorder) Answered() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.all) > 0
 }
 
 // Recording is what was gathered, sanitised. vm is the name that was asked for,
