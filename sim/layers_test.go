@@ -23,7 +23,7 @@ var layers = []string{
 
 // ours is what a simulator may use of Backstay: what makes disks. A client that
 // shared code with its simulator would share its mistakes.
-var ours = []string{"extent", "image", "image/vhdx"}
+var ours = []string{"extent", "image", "image/vhd", "image/vhdx"}
 
 func TestImportsPointUp(t *testing.T) {
 	const root = "github.com/backstay/backstay/"

@@ -90,6 +90,8 @@ var Behaviours = []Behaviour{
 	{"disk", "a VHD set is a .vhds with an .avhdx beside it", Source, "every host's file listing; its content is not simulated"},
 	{"disk", "ResizeVirtualHardDisk makes a VHDX larger, in use or not, and not while there are checkpoints; it never shrinks one", Source, "Resize-VHD's page: online since 2012 R2; the codes are a guess"},
 	{"disk", "tracking goes on when a disk grew", Guess, ""},
+	{"disk", "VHDs have checkpoints as .avhd beside them, and no RCT ids", Documented, "Hyper-V-Backup-2016.md for RCT; the name is in every host's file listing"},
+	{"disk", "a VHD in a VM of generation 2 is refused", Documented, "Hyper-V's page on generations; the code is a guess"},
 	{"reference point", "ConvertToReferencePoint takes recovery checkpoints only and deletes them", Documented, "Msvm_VirtualSystemSnapshotService.ConvertToReferencePoint"},
 	{"reference point", "its arrays are of one length, by disk; disks are named by InstanceIDs of the VM's own allocations", Source, "nxmBackup, Bareos"},
 	{"reference point", "the form of an RCT id", Guess, ""},

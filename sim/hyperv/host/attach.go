@@ -12,6 +12,7 @@ import (
 
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/vhd"
 	"github.com/backstay/backstay/internal/image/vhdx"
 	"github.com/backstay/backstay/sim/hyperv/cim"
 )
@@ -69,6 +70,8 @@ func (h *Host) usable(v *vm, p *cim.Instance) error {
 		return refuse(notFoundText)
 	case isMedium(p):
 		return nil
+	case isVHD(path) && v.config.generation() == 2:
+		return refuse(unknownText)
 	case isSet(path):
 		return nil // several VMs share it
 	}
@@ -118,7 +121,7 @@ func (h *Host) openChain(path string) (image.Image, []string, error) {
 		if err != nil {
 			return nil, err
 		}
-		img, err := vhdx.Open(f, func(name string, _ image.Format) (image.Image, error) {
+		parentOf := func(name string, _ image.Format) (image.Image, error) {
 			parent := besides(path, name)
 			if len(parents) > image.MaxDepth || parent == "" || !h.exists(parent) {
 				return nil, os.ErrNotExist
@@ -131,14 +134,21 @@ func (h *Host) openChain(path string) (image.Image, []string, error) {
 				parents = parents[:before]
 			}
 			return img, err
-		})
+		}
+		var img image.Image
+		if isVHD(path) {
+			img, err = vhd.Open(f, parentOf)
+		} else {
+			img, err = vhdx.Open(f, parentOf)
+		}
 		if err != nil {
 			f.Close()
+			return nil, err
 		}
-		return img, err
+		return img, nil
 	}
 	switch strings.ToLower(gopath.Ext(path)) {
-	case ".vhdx", ".avhdx":
+	case ".vhdx", ".avhdx", ".vhd", ".avhd":
 	default:
 		return nil, nil, errors.New(unknownText)
 	}

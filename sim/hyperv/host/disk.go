@@ -13,6 +13,7 @@ import (
 
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/vhd"
 	"github.com/backstay/backstay/internal/image/vhdx"
 )
 
@@ -34,7 +35,36 @@ type disk struct {
 // A layer is one file of a chain.
 type layer struct {
 	path string // as the host names it
-	file *live
+	file diskFile
+}
+
+// A diskFile is a virtual disk that a running VM writes to.
+type diskFile interface {
+	diskBytes() int64
+	sectorSize() int64
+	// WriteAt writes whole sectors.
+	WriteAt(p []byte, off int64) error
+	// seal gives the identity of the data as it is now, by which children know
+	// their parent.
+	seal() (data [16]byte, err error)
+	// relink makes the file a child of the parent of that path and identity.
+	relink(parent string, data [16]byte) error
+	// resize makes the disk larger.
+	resize(bytes int64) error
+	close() error
+}
+
+// isVHD says whether a file is of the older format.
+func isVHD(path string) bool {
+	path = strings.ToLower(path)
+	return strings.HasSuffix(path, ".vhd") || strings.HasSuffix(path, ".avhd")
+}
+
+func openDiskFile(path string) (diskFile, error) {
+	if isVHD(path) {
+		return openLiveVHD(path)
+	}
+	return openLive(path)
 }
 
 // A write is what a guest did. Its bytes follow from the seed, so that a log of
@@ -112,20 +142,31 @@ func fill(p []byte, seed uint64) {
 	}
 }
 
-// createDisk makes a new, empty VHDX.
-func (h *Host) createDisk(path string, bytes int64, fixed bool) error {
+// createDisk makes a new, empty VHDX or VHD.
+func (h *Host) createDisk(path string, bytes int64, fixed bool, sector int) error {
 	file := h.local(path)
 	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return err
 	}
-	o := image.CreateOptions{VirtualBytes: bytes, BlockBytes: 32 * mib}
+	o := image.CreateOptions{VirtualBytes: bytes, BlockBytes: 32 * mib, SectorBytes: sector}
 	if fixed {
-		o = image.CreateOptions{VirtualBytes: bytes, Variant: "fixed"}
+		o = image.CreateOptions{VirtualBytes: bytes, Variant: "fixed", SectorBytes: sector}
 	}
-	return finished(vhdx.Create(file, o))
+	return createImage(file, o)
 }
 
-func finished(w *vhdx.Writer, err error) error {
+// createImage makes an image of the format that its name has.
+func createImage(file string, o image.CreateOptions) error {
+	var w image.Writer
+	var err error
+	if isVHD(file) {
+		if o.Variant != "fixed" {
+			o.BlockBytes = 2 * mib
+		}
+		w, err = vhd.Create(file, o)
+	} else {
+		w, err = vhdx.Create(file, o)
+	}
 	if err != nil {
 		return err
 	}
@@ -137,11 +178,11 @@ func finished(w *vhdx.Writer, err error) error {
 }
 
 func (h *Host) openDisk(id, path string) (*disk, error) {
-	f, err := openLive(h.local(path))
+	f, err := openDiskFile(h.local(path))
 	if err != nil {
 		return nil, err
 	}
-	return &disk{id: id, bytes: f.disk, layers: []*layer{{path: path, file: f}}, tracks: map[string]*track{}}, nil
+	return &disk{id: id, bytes: f.diskBytes(), layers: []*layer{{path: path, file: f}}, tracks: map[string]*track{}}, nil
 }
 
 func (d *disk) top() *layer { return d.layers[len(d.layers)-1] }
@@ -165,8 +206,12 @@ func (h *Host) freeze(d *disk) error {
 	if err != nil {
 		return err
 	}
-	stem := strings.TrimSuffix(strings.TrimSuffix(d.layers[0].path, ".vhdx"), ".avhdx")
-	path := stem + "_" + newGUID() + ".avhdx"
+	base := d.layers[0].path
+	ext, format := ".avhdx", image.VHDX
+	if isVHD(base) {
+		ext, format = ".avhd", image.VHD
+	}
+	path := base[:strings.LastIndexByte(base, '.')] + "_" + newGUID() + ext
 	img, err := openLayer(h.local(parent.path))
 	if err != nil {
 		return err
@@ -174,11 +219,11 @@ func (h *Host) freeze(d *disk) error {
 	info := img.Info()
 	img.Close()
 	name := parent.path[strings.LastIndexByte(parent.path, '\\')+1:]
-	err = finished(vhdx.Create(h.local(path), image.CreateOptions{VirtualBytes: d.bytes, BlockBytes: 2 * mib, Parent: name, ParentFormat: image.VHDX, ParentInfo: &info}))
+	err = createImage(h.local(path), image.CreateOptions{VirtualBytes: d.bytes, BlockBytes: 2 * mib, SectorBytes: info.SectorBytes, Parent: name, ParentFormat: format, ParentInfo: &info})
 	if err != nil {
 		return err
 	}
-	f, err := openLive(h.local(path))
+	f, err := openDiskFile(h.local(path))
 	if err != nil {
 		return err
 	}
@@ -189,16 +234,28 @@ func (h *Host) freeze(d *disk) error {
 	return nil
 }
 
-func openLayer(path string) (*vhdx.Image, error) {
+// A layerImage is one file of a chain, read alone.
+type layerImage interface {
+	image.Image
+	Info() image.Info
+}
+
+func openLayer(path string) (layerImage, error) {
 	f, err := image.OpenFile(path)
 	if err != nil {
 		return nil, err
 	}
-	img, err := vhdx.OpenLayer(f)
+	var img layerImage
+	if isVHD(path) {
+		img, err = vhd.OpenLayer(f)
+	} else {
+		img, err = vhdx.OpenLayer(f)
+	}
 	if err != nil {
 		f.Close()
+		return nil, err
 	}
-	return img, err
+	return img, nil
 }
 
 // merge writes what layer n+1 holds into layer n and takes n+1 out of the chain.
@@ -274,7 +331,7 @@ func (d *disk) replay(n int, w io.WriterAt) error {
 
 // whole widens data at off to sectors, with what the log says is around it.
 func (d *disk) whole(off int64, data []byte) write {
-	sector := d.top().file.sector
+	sector := d.top().file.sectorSize()
 	from, to := off/sector*sector, (off+int64(len(data))+sector-1)/sector*sector
 	w := write{off: from, n: to - from, data: make([]byte, to-from)}
 	if d.baseline != nil {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/backstay/backstay/internal/image"
+	"github.com/backstay/backstay/internal/image/vhd"
 	"github.com/backstay/backstay/internal/image/vhdx"
 	"github.com/backstay/backstay/sim/hyperv/cim"
 	"github.com/backstay/backstay/sim/hyperv/host"
@@ -136,9 +137,13 @@ func (b *bench) read(path string) []byte {
 		if err != nil {
 			return nil, err
 		}
-		return vhdx.Open(f, func(name string, _ image.Format) (image.Image, error) {
+		parent := func(name string, _ image.Format) (image.Image, error) {
 			return open(filepath.Join(filepath.Dir(local), name[strings.LastIndexAny(name, `\/`)+1:]))
-		})
+		}
+		if strings.HasSuffix(local, "vhd") {
+			return vhd.Open(f, parent)
+		}
+		return vhdx.Open(f, parent)
 	}
 	img, err := open(local)
 	if err != nil {
@@ -188,7 +193,7 @@ func TestACheckpointStandsStillAndChangesAreComplete(t *testing.T) {
 		}
 		t.Run(fmt.Sprint(granule), func(t *testing.T) {
 			const size = 12 * mib
-			b := newBench(t, host.Options{Granule: granule}, host.Spec{Disks: []host.DiskSpec{{Bytes: size}, {Bytes: 3 * mib, Fixed: true}}})
+			b := newBench(t, host.Options{Granule: granule}, host.Spec{Disks: []host.DiskSpec{{Bytes: size}, {Bytes: 3 * mib, Fixed: true, SectorBytes: 4096}}})
 			sizes := []int{size, 3 * mib}
 			for d, n := range sizes {
 				if err := b.h.Write("web01", d, int64(n)/2, int64(n)/4, 7); err != nil {

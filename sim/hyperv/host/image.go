@@ -1,6 +1,7 @@
 package host
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -62,6 +63,9 @@ func (h *Host) tracksOf(path string) (*disk, map[string]*track) {
 	return nil, nil
 }
 
+// diskFormat is what Msvm_VirtualHardDiskSettingData calls VHD and VHDX.
+var diskFormat = map[bool]string{true: "2", false: "3"}
+
 // diskSettings is IMS.GetVirtualHardDiskSettingData.
 func (h *Host) diskSettings(args results) (results, uint32) {
 	path := args["Path"].String()
@@ -75,9 +79,9 @@ func (h *Host) diskSettings(args results) (results, uint32) {
 	if kind == "" {
 		kind = "3"
 	}
-	i := cim.New(cim.Virtualization, "Msvm_VirtualHardDiskSettingData").Put("Path", cim.Text(path)).Put("Type", cim.Text(kind)).Put("Format", cim.Text("3")).
+	i := cim.New(cim.Virtualization, "Msvm_VirtualHardDiskSettingData").Put("Path", cim.Text(path)).Put("Type", cim.Text(kind)).Put("Format", cim.Text(diskFormat[isVHD(path)])).
 		Put("MaxInternalSize", cim.Number(info.VirtualBytes)).Put("BlockSize", cim.Number(info.BlockBytes)).Put("LogicalSectorSize", cim.Number(info.SectorBytes)).Put("PhysicalSectorSize", cim.Text("4096")).
-		Put("VirtualDiskId", cim.Text(strings.Trim(strings.ToUpper(info.FormatDetails["disk identity"]), "{}")))
+		Put("VirtualDiskId", cim.Text(strings.Trim(strings.ToUpper(cmp.Or(info.FormatDetails["disk identity"], info.Identity)), "{}")))
 	if parent := h.parentOf(path); parent != "" {
 		i.Put("ParentPath", cim.Text(parent))
 	}
@@ -112,12 +116,12 @@ func (h *Host) diskState(args results) (results, uint32) {
 // newDisk is IMS.CreateVirtualHardDisk.
 func (h *Host) newDisk(args results) (results, uint32) {
 	s, err := cim.ParseEmbedded(cim.Virtualization, args["VirtualDiskSettingData"].String())
-	if err != nil || !s.Class.Is("Msvm_VirtualHardDiskSettingData") || s.Get("Format").Uint() != 3 || s.Get("Type").Uint() < 2 || s.Get("Type").Uint() > 3 {
+	if err != nil || !s.Class.Is("Msvm_VirtualHardDiskSettingData") || s.Get("Format").String() != diskFormat[isVHD(s.Get("Path").String())] || s.Get("Type").Uint() < 2 || s.Get("Type").Uint() > 3 {
 		return nil, codeParameter
 	}
 	path := s.Get("Path").String()
 	return h.start(nil, "CreateVirtualHardDisk", func() ([]affected, error) {
-		return nil, h.createDisk(path, int64(s.Get("MaxInternalSize").Uint()), s.Get("Type").Uint() == 2)
+		return nil, h.createDisk(path, int64(s.Get("MaxInternalSize").Uint()), s.Get("Type").Uint() == 2, int(s.Get("LogicalSectorSize").Uint()))
 	})
 }
 
@@ -161,7 +165,7 @@ func (h *Host) resize(args results) (results, uint32) {
 
 // createSet makes the two files of a VHD set.
 func (h *Host) createSet(path string, bytes int64) error {
-	if err := h.createDisk(strings.TrimSuffix(path, ".vhds")+"_"+newGUID()+".avhdx", bytes, false); err != nil {
+	if err := h.createDisk(strings.TrimSuffix(path, ".vhds")+"_"+newGUID()+".avhdx", bytes, false, 0); err != nil {
 		return err
 	}
 	return os.WriteFile(h.local(path), []byte("simulated VHD set\n"), 0o644)

@@ -74,7 +74,7 @@ func (h *Host) snapshot(v *vm, kind string, level uint64) (*snapshot, error) {
 		if err := h.freeze(d); err != nil {
 			return nil, err
 		}
-		if kind == recovery && v.tracks() {
+		if kind == recovery && v.tracks() && !isVHD(d.layers[0].path) {
 			id := fmt.Sprintf("rctX:%s:%08X", strings.ToLower(strings.ReplaceAll(newGUID(), "-", ":")), len(v.points))
 			s.rct[d.id] = id
 			d.tracks[id] = &track{bits: make([]uint64, d.bytes/h.o.Granule/64+1)}

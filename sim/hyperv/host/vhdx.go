@@ -297,4 +297,6 @@ func (l *live) resize(bytes int64) error {
 	return nil
 }
 
-func (l *live) close() error { return l.f.Close() }
+func (l *live) diskBytes() int64  { return l.disk }
+func (l *live) sectorSize() int64 { return l.sector }
+func (l *live) close() error      { return l.f.Close() }

@@ -49,6 +49,8 @@ type DiskSpec struct {
 	Path  string // "C:\VMs\web01\web01.vhdx"; made of the VM's name if empty
 	Bytes int64
 	Fixed bool
+	// SectorBytes is that of the guest's sectors, 512 or 4096; 0 for 512.
+	SectorBytes int
 	// Set makes a VHD set, which only says whose disk it is.
 	Set bool
 	// Exists says that the file is there already, a VHDX without a parent. Of
@@ -219,7 +221,7 @@ func (h *Host) AddVM(s Spec) (string, error) {
 			continue
 		}
 		if !d.Exists {
-			if err := h.createDisk(path, d.Bytes, d.Fixed); err != nil {
+			if err := h.createDisk(path, d.Bytes, d.Fixed, d.SectorBytes); err != nil {
 				return "", err
 			}
 		}
