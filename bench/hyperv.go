@@ -36,7 +36,7 @@ func (b *bench) hyperv(ctx context.Context) error {
 		return nil
 	}
 	defer os.RemoveAll(b.path("hyperv-repo"))
-	parts := map[string]func(context.Context, *hypervLab) error{"backups": b.hypervBackups, "reads": b.hypervReads, "calls": b.hypervCalls}
+	parts := map[string]func(context.Context, *hypervLab) error{"backups": b.hypervBackups, "reads": b.hypervReads, "restores": b.hypervRestores, "calls": b.hypervCalls}
 	var l *hypervLab
 	defer func() {
 		if l != nil {
@@ -212,15 +212,20 @@ func (b *bench) hypervReads(ctx context.Context, l *hypervLab) error {
 
 // getFile reads the disk's file with smbclient.
 func (b *bench) getFile(ctx context.Context, l *hypervLab, slow bool, _ int) (time.Duration, error) {
+	return b.smbclient(ctx, l, slow, fmt.Sprintf(`get VMs\%s\%[1]s.vhdx /dev/null`, hypervVM))
+}
+
+// smbclient runs one of its commands and gives how long that took.
+func (b *bench) smbclient(ctx context.Context, l *hypervLab, slow bool, command string) (time.Duration, error) {
 	auth := b.path("hyperv-user")
 	if err := os.WriteFile(auth, []byte("username = "+smbtest.User+"\npassword = "+smbtest.Password+"\n"), 0o600); err != nil {
 		return 0, err
 	}
 	defer os.Remove(auth)
 	begun := time.Now()
-	get := exec.CommandContext(ctx, "smbclient", "//127.0.0.1/"+smbtest.Share, "-p", strconv.Itoa(l.smbPort(slow)), "-A", auth,
-		"--client-protection=encrypt", "-c", fmt.Sprintf(`get VMs\%s\%[1]s.vhdx /dev/null`, hypervVM))
-	if out, err := get.CombinedOutput(); err != nil {
+	cmd := exec.CommandContext(ctx, "smbclient", "//127.0.0.1/"+smbtest.Share, "-p", strconv.Itoa(l.smbPort(slow)), "-A", auth,
+		"--client-protection=encrypt", "-c", command)
+	if out, err := cmd.CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("smbclient: %w\n%s", err, out)
 	}
 	return time.Since(begun), nil
@@ -248,7 +253,7 @@ func readFile(read func(context.Context, *smb.File) error) func(context.Context,
 // readDisk reads the data of the disk through the driver, as a backup does that
 // has nothing else to do. The checkpoint is not counted.
 func readDisk(ctx context.Context, l *hypervLab, slow bool, _ int) (took time.Duration, err error) {
-	u, name, err := hyperv.ParseSource(l.source(slow))
+	u, name, err := hyperv.ParseSource(l.source(hypervVM, slow))
 	if err != nil {
 		return 0, err
 	}
@@ -301,6 +306,45 @@ func eachPart(ctx context.Context, disk hypervisor.Disk, to chan<- extent.Extent
 				e.Off, e.Len = e.Off+n, e.Len-n
 			}
 		}
+	}
+	return nil
+}
+
+// hypervRestores compares restoring the VM under another name, a disk and a
+// definition, with smbclient's put of the disk's file, near and far.
+func (b *bench) hypervRestores(ctx context.Context, l *hypervLab) error {
+	repo := b.path("hyperv-repo")
+	if err := b.fresh([]string{"hyperv-repo"}, b.exe, "repo", "init", "--quiet", "--repo", repo)(); err != nil {
+		return err
+	}
+	if _, err := b.hypervBackup(ctx, l, repo, false); err != nil {
+		return err
+	}
+	n := 0
+	for _, rtt := range []time.Duration{0, hypervAway} {
+		l.away(rtt)
+		var ours, theirs []time.Duration
+		var peak int64
+		for range b.runs {
+			t, err := b.smbclient(ctx, l, rtt > 0, fmt.Sprintf(`put %s VMs\again.vhdx`, l.file))
+			if err := errors.Join(err, os.Remove(filepath.Join(l.dir, "C", "VMs", "again.vhdx"))); err != nil {
+				return err
+			}
+			theirs = append(theirs, t)
+			n++
+			name := fmt.Sprintf("again%d", n)
+			t, rss, _, err := b.backstay(ctx, l, "restore", hypervVM, "--repo", repo, "--to", l.source(name, rtt > 0), "--folder", `C:\VMs`)
+			if err := errors.Join(err, os.RemoveAll(filepath.Join(l.dir, "C", "VMs", name))); err != nil {
+				return err
+			}
+			ours, peak = append(ours, t), max(peak, rss)
+		}
+		slices.Sort(ours)
+		slices.Sort(theirs)
+		rate := func(t []time.Duration) float64 { return float64(l.data()) / 1e6 / mid(t).Seconds() }
+		fmt.Printf("\nhyperv: restoring %.1f GB of data to a new VM through Samba, encrypted, round trips of %v more (median of %d)\n", float64(l.data())/1e9, rtt, b.runs)
+		fmt.Printf("%-36s %8s %8s %9s\n%-36s %8.0f %8s %9s\n%-36s %8.0f %8.2f %9d\n", "writer", "MB/s", "ratio", "RSS MiB",
+			"smbclient put", rate(theirs), "1.00", "-", "backstay restore, all of it", rate(ours), rate(ours)/rate(theirs), peak>>20)
 	}
 	return nil
 }

@@ -143,14 +143,14 @@ func (l *hypervLab) smbPort(slow bool) int {
 	return l.samba.Port
 }
 
-// source is how the VM is reached, directly or through the delays.
-func (l *hypervLab) source(slow bool) string {
+// source is how a VM is reached, directly or through the delays.
+func (l *hypervLab) source(vm string, slow bool) string {
 	at, _ := url.Parse(l.winrm.URL)
 	rm, files := at.Host, l.samba.Addr()
 	if slow {
 		rm, files = l.slowRM.addr(), l.slowSMB.addr()
 	}
-	return fmt.Sprintf(`hyperv://%s@%s/%s?smb=%s&share=C:\=%s&fingerprint=sha256:%s`, smbtest.User, rm, hypervVM, files, smbtest.Share, l.winrm.Fingerprint)
+	return fmt.Sprintf(`hyperv://%s@%s/%s?smb=%s&share=C:\=%s&fingerprint=sha256:%s`, smbtest.User, rm, vm, files, smbtest.Share, l.winrm.Fingerprint)
 }
 
 // makeVHDX makes the disk: runs of data that compress to a quarter.
@@ -221,28 +221,39 @@ type hypervBackup struct {
 // hypervBackup runs backstay backup, through the delays if slow.
 func (b *bench) hypervBackup(ctx context.Context, l *hypervLab, repo string, slow bool, args ...string) (out hypervBackup, err error) {
 	requests, conns, network := l.requests.Load(), l.slowRM.conns.Load(), l.slowSMB.down.Load()
-	cmd := exec.CommandContext(ctx, b.exe, append([]string{"backup", l.source(slow), "--repo", repo, "--state-dir", filepath.Join(l.dir, "state"), "--json", "--quiet"}, args...)...)
-	cmd.Env = append(os.Environ(), append(b.env(), "BACKSTAY_HOST_PASSWORD="+smbtest.Password)...)
-	var stdout, stderr strings.Builder
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	begun := time.Now()
-	if err := cmd.Start(); err != nil {
+	var text string
+	out.wall, out.rss, text, err = b.backstay(ctx, l, append([]string{"backup", l.source(hypervVM, slow), "--repo", repo, "--json"}, args...)...)
+	if err != nil {
 		return out, err
 	}
-	peak := watchPeak(cmd.Process.Pid)
-	err = cmd.Wait()
-	out.wall, out.rss = time.Since(begun), peak()
-	if err != nil {
-		return out, fmt.Errorf("backstay backup: %w\n%s%s", err, stdout.String(), stderr.String())
-	}
 	out.requests, out.conns, out.network = l.requests.Load()-requests, l.slowRM.conns.Load()-conns, l.slowSMB.down.Load()-network
-	if err := json.Unmarshal([]byte(stdout.String()), &out.vmBackup); err != nil {
+	if err := json.Unmarshal([]byte(text), &out.vmBackup); err != nil {
 		return out, err
 	}
 	if len(out.Disks) != 1 {
 		return out, fmt.Errorf("%d disks were backed up", len(out.Disks))
 	}
 	return out, nil
+}
+
+// backstay runs one of its commands, and gives how long that took, the peak of
+// its memory in bytes and what it printed.
+func (b *bench) backstay(ctx context.Context, l *hypervLab, args ...string) (took time.Duration, rss int64, stdout string, err error) {
+	cmd := exec.CommandContext(ctx, b.exe, append(args, "--state-dir", filepath.Join(l.dir, "state"), "--quiet")...)
+	cmd.Env = append(os.Environ(), append(b.env(), "BACKSTAY_HOST_PASSWORD="+smbtest.Password)...)
+	var out, talk strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &talk
+	begun := time.Now()
+	if err := cmd.Start(); err != nil {
+		return 0, 0, "", err
+	}
+	peak := watchPeak(cmd.Process.Pid)
+	err = cmd.Wait()
+	took, rss = time.Since(begun), peak()
+	if err != nil {
+		err = fmt.Errorf("backstay %s: %w\n%s%s", args[0], err, out.String(), talk.String())
+	}
+	return took, rss, out.String(), err
 }
 
 // mode fails if the backup was of another kind: a figure of something else
