@@ -47,7 +47,7 @@ func main() {
 	flag.Int64Var(&b.historyBytes, "history-size", 1<<30, "bytes of the disk of history")
 	flag.IntVar(&b.historyDays, "history-days", 60, "days of history; the default takes some 12 GiB")
 	flag.Int64Var(&b.hypervBytes, "hyperv-size", 8<<30, "virtual size of the disk of hyperv; a quarter is data, and half as much is taken at most")
-	flag.StringVar(&b.hypervParts, "hyperv-parts", "backups,reads,calls,empty", "comma-separated: what of hyperv to measure")
+	flag.StringVar(&b.hypervParts, "hyperv-parts", "backups,reads,restores,calls,empty", "comma-separated: what of hyperv to measure")
 	flag.BoolVar(&b.peers, "peers", true, "run the other tools too")
 	flag.Parse()
 	if err := b.run(ctx, strings.Split(*only, ",")); err != nil {
