@@ -40,7 +40,10 @@ func hypervHint(err error) string {
 	var refused *wsman.Fault
 	var cut *wsman.ConnectionError
 	var files *hyperv.FilesError
+	var node *hyperv.NodeError
 	switch {
+	case errors.As(err, &node):
+		return fmt.Sprintf("if %s is reached by another name or port, write the source with ?node=%[1]s=HOST:PORT; its certificate's fingerprint may stand beside the first in another fingerprint=", node.Node)
 	case errors.As(err, &cert):
 		return fmt.Sprintf("compare that fingerprint with the certificate of the WinRM listener on the host itself; if it is the same, write the source with ?fingerprint=sha256:%s, or name who signed it with ?ca=FILE",
 			strings.ReplaceAll(cert.Fingerprint.String(), ":", ""))

@@ -281,6 +281,9 @@ func TestCertificates(t *testing.T) {
 	if err := get(func(c *Config) { c.Pin, c.Roots = nil, x509.NewCertPool() }); !errors.As(err, &cert) || cert.Fingerprint != real || !strings.Contains(err.Error(), cert.Fingerprint.String()) {
 		t.Errorf("unknown authority: %v", err)
 	}
+	if err := get(func(c *Config) { c.Pin, c.Pins = &Fingerprint{1, 2, 3}, []Fingerprint{real} }); err != nil {
+		t.Errorf("one of two pinned: %v", err)
+	}
 	if err := get(func(c *Config) { c.Pin = &Fingerprint{1, 2, 3} }); !errors.As(err, &cert) || cert.Fingerprint != real || !strings.Contains(err.Error(), "the pinned fingerprint is 01:02:03:00") {
 		t.Errorf("wrong pin: %v", err)
 	}
@@ -291,7 +294,7 @@ func TestCertificates(t *testing.T) {
 	if err := get(func(c *Config) { c.URL = strings.Replace(plain.srv.URL, "http", "https", 1) }); err == nil || !strings.Contains(err.Error(), "no TLS at this address") {
 		t.Errorf("TLS to an HTTP port: %v", err)
 	}
-	if h.signIns != 1 {
+	if h.signIns != 2 { // the known authority, and one of two pins
 		t.Errorf("%d sign-ins, over connections that are not trusted", h.signIns)
 	}
 }

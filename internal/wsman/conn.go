@@ -16,6 +16,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -89,15 +90,19 @@ func (c *core) certificateError(err error) error {
 	return err
 }
 
-// tlsConfig checks by the system's roots or those given, or by the one
-// fingerprint that is pinned and by nothing else.
-func tlsConfig(host string, roots *x509.CertPool, pin *Fingerprint) *tls.Config {
+// tlsConfig checks by the system's roots or those given, or by the fingerprints
+// that are pinned and by nothing else.
+func tlsConfig(host string, roots *x509.CertPool, pins []Fingerprint) *tls.Config {
 	t := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: host, RootCAs: roots}
-	if pin != nil {
+	if len(pins) > 0 {
 		t.InsecureSkipVerify = true // VerifyConnection does it
 		t.VerifyConnection = func(s tls.ConnectionState) error {
-			if got := Fingerprint(sha256.Sum256(s.PeerCertificates[0].Raw)); got != *pin {
-				return &CertificateError{host, got, fmt.Errorf("the pinned fingerprint is %s", pin)}
+			if got := Fingerprint(sha256.Sum256(s.PeerCertificates[0].Raw)); !slices.Contains(pins, got) {
+				all := make([]string, len(pins))
+				for i, p := range pins {
+					all[i] = p.String()
+				}
+				return &CertificateError{host, got, fmt.Errorf("the pinned fingerprint is %s", strings.Join(all, " or "))}
 			}
 			return nil
 		}

@@ -60,6 +60,7 @@ type Config struct {
 	// name, issuer and dates.
 	Roots *x509.CertPool
 	Pin   *Fingerprint
+	Pins  []Fingerprint // further ones, where several hosts may answer
 
 	// Namespace is that of all classes; empty means root/virtualization/v2.
 	Namespace string
@@ -142,8 +143,12 @@ func New(cfg Config) (*Client, error) {
 		travel: 10 * time.Second, wait: []time.Duration{500 * time.Millisecond, 2 * time.Second}}
 	port := u.Port()
 	if u.Scheme == "https" {
-		c.tls = tlsConfig(u.Hostname(), cfg.Roots, cfg.Pin)
-	} else if cfg.Pin != nil || cfg.Roots != nil {
+		pins := cfg.Pins
+		if cfg.Pin != nil {
+			pins = append([]Fingerprint{*cfg.Pin}, pins...)
+		}
+		c.tls = tlsConfig(u.Hostname(), cfg.Roots, pins)
+	} else if cfg.Pin != nil || len(cfg.Pins) > 0 || cfg.Roots != nil {
 		return bad("there is no certificate to verify over http://")
 	}
 	if port == "" {

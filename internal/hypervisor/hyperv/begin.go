@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -31,7 +32,8 @@ var ErrHostSpace = errors.New("too little space on the host")
 
 // A beginning is a session while it is being made.
 type beginning struct {
-	d        *Driver
+	where    sync.Mutex // of d
+	d        *Driver    // of the host that has the VM; changed by follow alone
 	o        hypervisor.Options
 	prefix   string
 	host     string // as it calls itself
@@ -39,7 +41,7 @@ type beginning struct {
 	lock     *journal.Lock
 	journal  *journal.Journal
 	run      *journal.Run
-	t        *target
+	truncate bool            // the guest's applications may drop their logs
 	named    map[string]bool // runs that the previous restore point rests on
 	release  func()
 	life     context.Context // of the session
@@ -70,19 +72,34 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 	if o.Consistency == "" {
 		o.Consistency = vm.PreferApplication
 	}
-	host, list, err := d.look(ctx)
-	if err != nil {
-		return nil, err
+	for try, wanted := 1, name; ; try++ {
+		at, err := d.find(ctx, wanted)
+		if err != nil {
+			return nil, err
+		}
+		s, moved, err := at.begin(ctx, name, o, prefix)
+		if err == nil {
+			return s, nil
+		}
+		if !moved || try == mostMoves {
+			return nil, err
+		}
+		wanted = at.sys.guid
+		d.log.Info("the VM moved to another node while its backup began, which begins again", "vm", name, "err", err)
 	}
-	sys, err := choose(list, name)
+}
+
+// mostMoves is how often a backup begins for a VM that moves meanwhile.
+const mostMoves = 3
+
+// begin begins on the host that has the VM. moved says that another node has it
+// now, and that nothing is left of the attempt.
+func (at sighting) begin(ctx context.Context, name string, o hypervisor.Options, prefix string) (s *session, moved bool, err error) {
+	l, err := at.d.lock(ctx, at.sys)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	l, err := d.lock(ctx, sys)
-	if err != nil {
-		return nil, err
-	}
-	b := &beginning{d: d, o: o, prefix: prefix, host: host, sys: sys, lock: l, named: map[string]bool{}, release: func() {}, machine: d.describe(host, sys)}
+	b := &beginning{d: at.d, o: o, prefix: prefix, host: at.host, sys: at.sys, lock: l, named: map[string]bool{}, release: func() {}, machine: at.d.describe(at.host, at.sys)}
 	for _, p := range o.Previous {
 		if c, err := parseChangeID(p.ChangeID); err == nil {
 			b.named[c.Run] = true
@@ -91,20 +108,68 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 	b.life, b.end = context.WithCancel(context.WithoutCancel(ctx))
 	// What is opened now is read after ctx is over.
 	stop := context.AfterFunc(ctx, b.end)
-	s, err := b.session(ctx, list)
+	s, err = b.session(ctx, at.list)
 	if err == nil && !stop() {
 		err = context.Cause(ctx)
 	}
 	if err != nil {
 		err = fmt.Errorf("VM %q: %w", name, err)
+		moved = ctx.Err() == nil && b.follow(ctx)
 		if e := b.undo(ctx); e != nil {
+			moved = false
 			err = fmt.Errorf("%w; left for the next run to clean up: %w", err, e)
 		}
 		b.close()
-		return nil, err
+		return nil, moved, err
 	}
 	s.watch()
-	return s, nil
+	return s, false, nil
+}
+
+// at is the Driver of the host that has the VM, as far as is known.
+func (b *beginning) at() *Driver {
+	b.where.Lock()
+	defer b.where.Unlock()
+	return b.d
+}
+
+// target is the VM with this session's run, on the host that has it.
+func (b *beginning) target() *target {
+	t := b.at().target(b.sys, b.prefix, b.run)
+	t.truncate = b.truncate
+	return t
+}
+
+// follow looks whether another node of the cluster has the VM by now. If so,
+// the session speaks to that from then on.
+func (b *beginning) follow(ctx context.Context) bool {
+	d := b.at()
+	if d.cluster.isAlone() {
+		return false
+	}
+	for until := time.Now().Add(d.busyTime); ; {
+		here := b.target().onHost(ctx)
+		if here == nil {
+			return false
+		}
+		now, err := d.find(ctx, b.sys.guid)
+		switch {
+		case err == nil && now.d == d:
+			return false
+		case err == nil:
+			b.where.Lock()
+			b.d = now.d
+			b.where.Unlock()
+			d.log.Info("the VM moved to another node", "vm", b.sys.name, "node", now.host)
+			return true
+		case !errors.Is(here, errElsewhere) || !errors.Is(err, fault.ErrNotFound) || time.Now().After(until):
+			return false
+		}
+		// It may be between two nodes.
+		if sleep(ctx, d.poll) != nil {
+			return false
+		}
+	}
 }
 
 // undo takes away what the journal names.
@@ -117,7 +182,7 @@ func (b *beginning) undo(ctx context.Context) error {
 	var errs []error
 	for _, e := range b.run.Open() {
 		if e.Kind == kindCheckpoint {
-			_, err := b.t.drop(ctx, e)
+			_, err := b.target().drop(ctx, e)
 			errs = append(errs, err)
 		}
 	}
@@ -157,7 +222,6 @@ func (b *beginning) session(ctx context.Context, list []system) (s *session, err
 	if b.run, err = b.journal.Begin(b.sys.guid, id); err != nil {
 		return nil, err
 	}
-	b.t = d.target(b.sys, b.prefix, b.run)
 	b.entry = d.entry(kindCheckpoint, id, b.prefix)
 	if b.now, err = d.present(ctx, b.sys); err != nil {
 		return nil, err
@@ -241,7 +305,7 @@ func (b *beginning) freeze(ctx context.Context) (err error) {
 			b.warn("do not count on the applications' logs having been truncated: the restore point is %s-consistent only", b.grade)
 		}
 	}()
-	b.t.truncate = b.d.truncateLogs && grade == vm.GradeApplication
+	b.truncate = b.d.truncateLogs && grade == vm.GradeApplication
 	err = b.make(ctx, level, grade)
 	if level == levelApplication && refusedByHost(err) && ctx.Err() == nil {
 		// The guest did not hold still.
@@ -251,7 +315,7 @@ func (b *beginning) freeze(ctx context.Context) (err error) {
 		if err := b.undo(ctx); err != nil {
 			return err
 		}
-		b.t.truncate = false
+		b.truncate = false
 		err = b.make(ctx, levelCrash, vm.GradeCrash)
 	}
 	if b.d.savedState && b.sys.state == stateRunning && refusedByHost(err) && ctx.Err() == nil {
@@ -294,7 +358,7 @@ func (e *GradeError) Unwrap() error { return e.Err }
 // make makes a checkpoint that promises grade, or is less if the host says so.
 func (b *beginning) make(ctx context.Context, level uint8, grade vm.Grade) error {
 	b.taken = time.Now()
-	s, warning, err := b.t.checkpoint(ctx, b.entry, level)
+	s, warning, err := b.target().checkpoint(ctx, b.entry, level)
 	if err != nil {
 		return err
 	}
@@ -352,7 +416,7 @@ func (b *beginning) open(ctx context.Context, before []drive) error {
 		frozen = append(frozen, e)
 	}
 	slices.SortFunc(frozen, func(a, b drive) int { return compareIDs(a.ID, b.ID) })
-	facts := vmFacts{guid: b.sys.guid, old: !tracks(b.now.text("Version")), saved: b.saved}
+	facts := vmFacts{guid: b.sys.guid, node: b.d.nodeName(), old: !tracks(b.now.text("Version")), saved: b.saved}
 	if facts.bases, err = b.bases(ctx); err != nil {
 		return err
 	}
@@ -403,7 +467,7 @@ func (b *beginning) openDisk(ctx context.Context, e *drive, shares map[string]bo
 		b.warn("%s: %s", e.Source, w)
 	}
 	f := diskFacts{id: e.ID, device: e.device, format: e.Format, size: e.SizeBytes, identity: info.FormatDetails["disk identity"], chain: chain}
-	d := &disk{info: e.Disk, img: img, driver: b.d, plan: decide(f, of, b.o.Previous), window: window{bytes: firstWindow}}
+	d := &disk{info: e.Disk, img: img, b: b, plan: decide(f, of, b.o.Previous), window: window{bytes: firstWindow}}
 	b.disks = append(b.disks, d)
 	if d.plan.track {
 		b.tracked = true
@@ -435,9 +499,9 @@ func (b *beginning) bases(ctx context.Context) (map[string]reference, error) {
 				continue
 			}
 			in, err := b.d.Get(ctx, instance(classReference, e.Name))
-			base := reference{id: e.Name}
+			base := reference{id: e.Name, node: e.Data[dataNode]}
 			switch {
-			case errors.Is(err, fault.ErrNotFound) && b.t.onHost(ctx) == nil:
+			case errors.Is(err, fault.ErrNotFound) && b.target().onHost(ctx) == nil:
 				base.missing = true
 			case err != nil:
 				return nil, fmt.Errorf("read a reference point: %w", err)

@@ -220,7 +220,7 @@ func TestReap(t *testing.T) {
 				return nil, nil
 			}
 			our := s.(*session)
-			if _, err := our.t.convert(ctx, our.entry); !errors.Is(err, context.Canceled) {
+			if _, err := our.target().convert(ctx, our.entry); !errors.Is(err, context.Canceled) {
 				t.Errorf("convert: %v", err)
 			}
 			h.invoke = nil
@@ -306,7 +306,7 @@ func TestDeletedWhileAnotherProductMadeOne(t *testing.T) {
 	h.snapshots = []*fakeSnapshot{{id: "Microsoft:THEIRS", kind: typeRecovery, name: "another product's", file: "web01.vhdx"}}
 	h.mu.Unlock()
 	var unknown *UnknownError
-	if got, err := our.t.settle(t.Context(), e); !errors.As(err, &unknown) {
+	if got, err := our.target().settle(t.Context(), e); !errors.As(err, &unknown) {
 		t.Errorf("found %q, %v", got.id, err)
 	}
 	mustAbort(t, s)

@@ -27,9 +27,12 @@ const (
 	watchTime  = 5 * time.Second // between two looks at what the guest writes meanwhile
 )
 
-// A Driver speaks to one Hyper-V host.
+// A Driver speaks to one Hyper-V host, and finds VMs on the other nodes of its
+// cluster, each of which has a Driver of its own.
 type Driver struct {
 	*client
+	members    *client // of the cluster's namespace; nil for none
+	cluster    *cluster
 	files      files
 	host       *url.URL
 	stateDir   string
@@ -41,10 +44,9 @@ type Driver struct {
 	settleTime, busyTime, mergeWait, watchTime time.Duration
 	lookTime, undoTime                         time.Duration // of a restore that is taken back
 
-	slots   chan struct{}
-	mu      sync.Mutex
-	volumes map[string]chan struct{}
-	node    string // as the host calls itself, "" before it was asked
+	slots chan struct{}
+	mu    sync.Mutex
+	node  string // as the host calls itself, "" before it was asked
 }
 
 var (
@@ -58,7 +60,7 @@ var (
 func newDriver(m management, f files, o Options) *Driver {
 	d := &Driver{client: &client{m, jobPoll, pollPatience}, files: f, host: o.Host, stateDir: o.StateDir, log: o.Log,
 		savedState: o.AllowSavedState, truncateLogs: o.TruncateLogs, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime, lookTime: lookTime, undoTime: undoTime,
-		slots: make(chan struct{}, sessionsPerHost), volumes: map[string]chan struct{}{}}
+		slots: make(chan struct{}, sessionsPerHost), cluster: &cluster{drivers: map[string]*Driver{}, volumes: map[string]chan struct{}{}}}
 	if d.stateDir == "" {
 		d.stateDir = "/var/lib/backstay"
 	}
@@ -71,8 +73,10 @@ func newDriver(m management, f files, o Options) *Driver {
 	return d
 }
 
-// Close ends the connections to the host.
-func (d *Driver) Close() error { return errors.Join(d.files.close(), d.client.Close()) }
+// Close ends the connections to the host and to the other nodes of its cluster.
+func (d *Driver) Close() error {
+	return errors.Join(d.files.close(), d.client.Close(), d.cluster.close(d))
+}
 
 // hostKey names the host in the journal.
 func (d *Driver) hostKey() string { return strings.ToLower(d.host.Hostname()) }
@@ -80,15 +84,21 @@ func (d *Driver) hostKey() string { return strings.ToLower(d.host.Hostname()) }
 // TracksOff says that a reference point is made of a VM that is off, too.
 func (d *Driver) TracksOff() {}
 
-// List names all VMs, with one question.
+// List names all VMs, those of a cluster's other nodes too, with one question to
+// each. A node that can't be asked is left out: its VMs are of no use just now.
 func (d *Driver) List(ctx context.Context) ([]vm.Machine, error) {
-	host, list, err := d.look(ctx)
-	if err != nil {
-		return nil, err
+	seen, errs := d.everywhere(ctx)
+	if len(seen) == 0 {
+		return nil, oneError(errs)
 	}
-	out := make([]vm.Machine, 0, len(list))
-	for _, s := range list {
-		out = append(out, d.describe(host, s))
+	for _, err := range errs {
+		d.log.Warn("VMs may be missing from the list", "err", err)
+	}
+	var out []vm.Machine
+	for _, p := range seen {
+		for _, s := range p.list {
+			out = append(out, p.d.describe(p.host, s))
+		}
 	}
 	return out, nil
 }
@@ -122,23 +132,25 @@ func (d *Driver) made(e journal.Entry) bool {
 	return e.Data[dataHost] == d.hostKey() || node != "" && strings.EqualFold(e.Data[dataNode], node)
 }
 
-// Machines lists all VMs with their disks. A disk whose size the host doesn't
-// tell has the size 0.
+// Machines lists all VMs with their disks, those of a cluster's other nodes too.
+// A disk whose size the host doesn't tell has the size 0.
 func (d *Driver) Machines(ctx context.Context) ([]vm.Machine, error) {
-	host, list, err := d.look(ctx)
-	if err != nil {
-		return nil, err
+	seen, errs := d.everywhere(ctx)
+	if len(errs) > 0 {
+		return nil, oneError(errs) // a list that is not whole would look so
 	}
-	out := make([]vm.Machine, 0, len(list))
-	for _, s := range list {
-		m, err := d.machine(ctx, host, s)
-		if errors.Is(err, fault.ErrNotFound) {
-			continue // removed while we looked
+	var out []vm.Machine
+	for _, p := range seen {
+		for _, s := range p.list {
+			m, err := p.d.machine(ctx, p.host, s)
+			if errors.Is(err, fault.ErrNotFound) {
+				continue // removed while we looked
+			}
+			if err != nil {
+				return nil, fmt.Errorf("VM %q: %w", s.name, err)
+			}
+			out = append(out, m)
 		}
-		if err != nil {
-			return nil, fmt.Errorf("VM %q: %w", s.name, err)
-		}
-		out = append(out, m)
 	}
 	return out, nil
 }
@@ -223,14 +235,18 @@ func (d *Driver) slot(ctx context.Context, volumes []string) (release func(), er
 	}
 	places := []chan struct{}{d.slots}
 	slices.Sort(volumes) // so that no two wait for each other
-	d.mu.Lock()
+	c := d.cluster
+	c.mu.Lock()
 	for _, v := range slices.Compact(volumes) {
-		if d.volumes[v] == nil {
-			d.volumes[v] = make(chan struct{}, sessionsPerVolume)
+		if !strings.Contains(v, "clusterstorage") { // which all nodes share
+			v = d.hostKey() + " " + v
 		}
-		places = append(places, d.volumes[v])
+		if c.volumes[v] == nil {
+			c.volumes[v] = make(chan struct{}, sessionsPerVolume)
+		}
+		places = append(places, c.volumes[v])
 	}
-	d.mu.Unlock()
+	c.mu.Unlock()
 	for _, c := range places {
 		select {
 		case c <- struct{}{}:

@@ -11,13 +11,44 @@ import (
 )
 
 // Open makes a Driver of the host that o names, and asks the host for its VMs
-// to see that it answers.
+// to see that it answers. If that is a node of a cluster, or a cluster's name,
+// the Driver speaks to the other nodes where VMs are there, as the same user.
 func Open(ctx context.Context, o Options) (*Driver, error) {
-	a, err := parseAddress(o.Host)
+	d, err := connect(o)
 	if err != nil {
 		return nil, err
 	}
-	cfg := wsman.Config{URL: "https://" + net.JoinHostPort(a.host, a.port), User: a.user, Password: o.Password, Pin: a.pin, Record: o.Record}
+	host, _, err := d.look(ctx)
+	if err != nil {
+		d.Close()
+		return nil, fmt.Errorf("host %s: %w", o.Host.Hostname(), err)
+	}
+	// It may call its own shares by its own name.
+	if err := d.files.(*shareFiles).named(o, host); err != nil {
+		d.Close()
+		return nil, err
+	}
+	c := d.cluster
+	c.dial = func(node string) (*Driver, error) {
+		there := o
+		there.Host = nodeSource(o.Host, node)
+		n, err := connect(there, node)
+		if err == nil {
+			n.cluster = c
+		}
+		return n, err
+	}
+	return d, nil
+}
+
+// connect makes a Driver of a host without asking it anything. The names are
+// further ones of the host.
+func connect(o Options, names ...string) (*Driver, error) {
+	a, err := parseAddress(o.Host, names...)
+	if err != nil {
+		return nil, err
+	}
+	cfg := wsman.Config{URL: "https://" + net.JoinHostPort(a.host, a.port), User: a.user, Password: o.Password, Pins: a.pins, Record: o.Record}
 	if a.plain {
 		cfg.URL = "http://" + net.JoinHostPort(a.host, a.port)
 	}
@@ -38,20 +69,17 @@ func Open(ctx context.Context, o Options) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
+	members, err := c.In(clusterNamespace)
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
 	f, err := newShareFiles(a, o.Password)
 	if err != nil {
 		c.Close()
 		return nil, err
 	}
 	d := newDriver(c, f, o)
-	host, _, err := d.look(ctx)
-	if err != nil {
-		d.Close()
-		return nil, fmt.Errorf("host %s: %w", a.host, err)
-	}
-	if a, err = parseAddress(o.Host, host); err != nil {
-		return nil, err
-	}
-	f.shares = a.shares
+	d.members = &client{members, d.poll, d.patience}
 	return d, nil
 }

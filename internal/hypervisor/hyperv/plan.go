@@ -78,8 +78,9 @@ type diskFacts struct {
 // vmFacts are of all disks of the VM.
 type vmFacts struct {
 	guid  string
-	old   bool // its configuration version has no tracking
-	saved bool // the checkpoint is none that tracking goes with
+	node  string // where it is now, "" for not known
+	old   bool   // its configuration version has no tracking
+	saved bool   // the checkpoint is none that tracking goes with
 	// bases are our reference points of this repository, by the run that made
 	// them.
 	bases map[string]reference
@@ -88,7 +89,8 @@ type vmFacts struct {
 // A reference is a reference point as the host shows it.
 type reference struct {
 	id       string
-	missing  bool // the host has it no more
+	node     string // where the VM was then, "" for not known
+	missing  bool   // the host has it no more
 	disks    []string
 	tracking []string // RCT ids, of the disks in the same order
 }
@@ -147,6 +149,9 @@ func decide(f diskFacts, of vmFacts, prev map[vm.DiskID]hypervisor.PreviousDisk)
 		d.reason = lost + "no reference point of that restore point is known here"
 	case base.missing:
 		d.reason = lost + "the host no longer has the reference point"
+	case base.node != "" && of.node != "" && !strings.EqualFold(base.node, of.node):
+		// Nobody has recorded whether tracking goes on there without a gap.
+		d.reason = fmt.Sprintf("%sthe VM moved from %s to %s since then", lost, base.node, of.node)
 	case len(base.disks) != len(base.tracking):
 		d.reason = fmt.Sprintf("%sthe reference point names %d disks and %d change tracking ids", lost, len(base.disks), len(base.tracking))
 	case base.rct(f.device) == "":

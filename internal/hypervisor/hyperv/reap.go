@@ -26,7 +26,7 @@ func (d *Driver) settleRun(ctx context.Context, s system, r *journal.Run, prefix
 		}
 		t := d.target(s, e.Data[dataRepo], r)
 		t.reaping = true
-		if !d.made(e) {
+		if !d.made(e) && !d.sameCluster(ctx, e) {
 			if here, one := t.has(ctx, e); !here {
 				err = errors.Join(err, one)
 				continue
@@ -82,22 +82,60 @@ func (b *beginning) reapOthers(ctx context.Context, list []system) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, reapOthersTime)
 	defer cancel()
+	elsewhere := map[string]sighting{}
 	for _, guid := range machines {
 		if guid == b.sys.guid || ctx.Err() != nil {
 			continue
 		}
-		other := system{guid: guid, name: guid}
-		gone := true
+		other, gone := system{guid: guid, name: guid}, true
 		for _, s := range list {
 			if s.guid == guid {
 				other, gone = s, false
 			}
 		}
-		b.reapOther(ctx, other, gone)
+		where := b.d
+		if gone && b.leftOnCluster(ctx, guid) {
+			if len(elsewhere) == 0 {
+				elsewhere = b.otherNodes(ctx)
+			}
+			if at, ok := elsewhere[guid]; ok {
+				where, other, gone = at.d, at.sys, false
+			}
+		}
+		b.reapOther(ctx, where, other, gone)
 	}
 }
 
-func (b *beginning) reapOther(ctx context.Context, other system, gone bool) {
+// leftOnCluster says whether a run left a checkpoint of a VM on a node of the
+// host's cluster.
+func (b *beginning) leftOnCluster(ctx context.Context, guid string) bool {
+	runs, err := b.journal.Runs(guid)
+	if err != nil {
+		return false
+	}
+	for _, r := range runs {
+		for _, e := range r.Open() {
+			if e.Kind == kindCheckpoint && b.d.sameCluster(ctx, e) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// otherNodes are the VMs of the cluster's other nodes.
+func (b *beginning) otherNodes(ctx context.Context) map[string]sighting {
+	out := map[string]sighting{}
+	seen, _ := b.d.everywhere(ctx)
+	for _, p := range seen {
+		for _, s := range p.list {
+			out[s.guid] = sighting{p, s}
+		}
+	}
+	return out
+}
+
+func (b *beginning) reapOther(ctx context.Context, where *Driver, other system, gone bool) {
 	runs, err := b.journal.Runs(other.guid)
 	if err != nil {
 		b.warn("clean up after an interrupted run of VM %s: %v", other.name, err)
@@ -127,7 +165,7 @@ func (b *beginning) reapOther(ctx context.Context, other system, gone bool) {
 			continue
 		}
 		// Whether its restore point is durable, only its own next run knows.
-		done, err := b.d.settleRun(ctx, other, r, "", func(string) bool { return true })
+		done, err := where.settleRun(ctx, other, r, "", func(string) bool { return true })
 		r.Close()
 		if len(done) > 0 {
 			b.warn("an earlier run of VM %s was interrupted; cleaned up after it: %s", other.name, strings.Join(done, ", "))

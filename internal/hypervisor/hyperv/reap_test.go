@@ -165,7 +165,7 @@ func TestReapWithoutRows(t *testing.T) {
 			return nil, nil
 		}
 		our := s.(*session)
-		if _, err := our.t.convert(ctx, our.entry); !errors.Is(err, context.Canceled) {
+		if _, err := our.target().convert(ctx, our.entry); !errors.Is(err, context.Canceled) {
 			t.Errorf("convert: %v", err)
 		}
 		h.invoke = nil

@@ -54,15 +54,12 @@ func (d *Driver) Replace(ctx context.Context, o ReplaceOptions) (*Building, erro
 	if err != nil {
 		return nil, err
 	}
-	host, list, err := d.systems(ctx)
+	at, err := d.find(ctx, o.VM)
 	if err != nil {
 		return nil, err
 	}
-	s, err := choose(list, o.VM)
-	if err != nil {
-		return nil, err
-	}
-	b, err := d.building(ctx, host, s.guid, s.name, list)
+	s := at.sys
+	b, err := at.d.building(ctx, at.host, s.guid, s.name, at.list)
 	if err != nil {
 		return nil, err
 	}

@@ -24,10 +24,11 @@ type session struct {
 	watching context.CancelFunc
 	watched  chan struct{}
 
-	mu    sync.Mutex
-	cause error // why what is read is worth nothing any more
-	ended bool
-	last  error // what Commit or Abort said
+	mu      sync.Mutex
+	cause   error // why what is read is worth nothing any more
+	ended   bool
+	settled bool  // the checkpoint is
+	last    error // what Commit or Abort said
 }
 
 var (
@@ -56,9 +57,12 @@ func (s *session) Check(ctx context.Context) error {
 	if err := s.failed(); err != nil {
 		return err
 	}
-	_, err := s.d.Get(ctx, s.frozen.ref)
+	_, err := s.at().Get(ctx, s.frozen.ref)
+	if err != nil && s.follow(ctx) {
+		_, err = s.at().Get(ctx, s.frozen.ref) // it went along
+	}
 	if errors.Is(err, fault.ErrNotFound) {
-		switch e := s.t.onHost(ctx); {
+		switch e := s.target().onHost(ctx); {
 		case errors.Is(e, errElsewhere):
 			return fmt.Errorf("VM %q was deleted, or moved to another host, while it was read: %w", s.sys.name, fault.ErrNotFound)
 		case e != nil:
@@ -105,35 +109,26 @@ func (s *session) finish(ctx context.Context, commit bool) error {
 	}
 	limit := endTime
 	if commit {
-		limit += s.d.mergeWait // some hosts merge within the job
+		limit += s.at().mergeWait // some hosts merge within the job
 	}
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 	defer cancel()
-	var err error
-	switch {
-	case commit && s.tracked && !s.saved:
-		if _, err = s.t.convert(ending, s.entry); err == nil {
-			err = s.d.dropReferences(ending, s.journal, s.sys, s.prefix, s.entry.Name)
-		}
-	case commit:
-		// Without a new reference point the older ones are the base of nothing
-		// any more.
-		_, err = s.t.drop(ending, s.entry)
-		err = errors.Join(err, s.d.dropReferences(ending, s.journal, s.sys, s.prefix, ""))
-	default:
-		if _, err = s.t.drop(ending, s.entry); errors.Is(err, errElsewhere) {
-			err = nil // it went with the VM; the journal has it, should the VM be anywhere
-		}
+	err := s.conclude(ending, commit)
+	for try := 1; err != nil && try < mostMoves && s.follow(ending); try++ {
+		err = s.conclude(ending, commit)
+	}
+	if !commit && errors.Is(err, errElsewhere) {
+		err = nil // it went with the VM; the journal has it, should the VM be anywhere
 	}
 	if err == nil {
 		// A restore point is done, and whoever waits for it sees how the merge
 		// goes; an interrupted backup isn't kept waiting.
 		waiting := context.WithoutCancel(ctx)
-		most := s.d.mergeWait
+		most := s.at().mergeWait
 		if !commit {
 			waiting, most = ctx, min(most, abortMergeWait)
 		}
-		if err = s.d.waitMerge(waiting, s.sys, s.now.ref, s.deltas, most); !commit {
+		if err = s.at().waitMerge(waiting, s.sys, s.now.ref, s.deltas, most); !commit {
 			err = nil // the host goes on by itself
 		}
 	}
@@ -149,10 +144,37 @@ func (s *session) finish(ctx context.Context, commit bool) error {
 	return err
 }
 
+// conclude does with the checkpoint what the session ends with. It may be called
+// again, on another node.
+func (s *session) conclude(ctx context.Context, commit bool) (err error) {
+	keep := ""
+	if !s.settled {
+		switch t := s.target(); {
+		case commit && s.tracked && !s.saved:
+			_, err = t.convert(ctx, s.entry)
+		default:
+			_, err = t.drop(ctx, s.entry)
+		}
+	}
+	s.settled = s.settled || err == nil
+	switch {
+	case !commit:
+		return err
+	case s.tracked && !s.saved:
+		if err != nil {
+			return err // the older one is the base of the next backup still
+		}
+		keep = s.entry.Name
+	}
+	// Without a new reference point the older ones are the base of nothing any
+	// more.
+	return errors.Join(err, s.at().dropReferences(ctx, s.journal, s.sys, s.prefix, keep))
+}
+
 // A disk is a frozen file with its parents.
 type disk struct {
 	s      *session
-	driver *Driver
+	b      *beginning
 	info   vm.Disk
 	img    image.Image
 	plan   decision
@@ -237,7 +259,7 @@ func (d *disk) Changed(ctx context.Context, within extent.Extent) (out extent.Se
 func (d *disk) ask(ctx context.Context, off int64) error {
 	for tries := 0; ; {
 		n := min(d.window.bytes, d.info.SizeBytes-off)
-		changed, ranges, done, err := d.driver.changes(ctx, d.info.Source, d.plan.since, off, n)
+		changed, ranges, done, err := d.b.at().changes(ctx, d.info.Source, d.plan.since, off, n)
 		var cut *wsman.ConnectionError
 		switch {
 		case err == nil:
@@ -250,7 +272,7 @@ func (d *disk) ask(ctx context.Context, off int64) error {
 		case (errors.As(err, &cut) || errors.Is(err, wsman.ErrBusy)) && tries < 3:
 			// It only reads, and may be asked again.
 			tries++
-			if err := sleep(ctx, d.driver.poll); err != nil {
+			if err := sleep(ctx, d.b.at().poll); err != nil {
 				return err
 			}
 		default:

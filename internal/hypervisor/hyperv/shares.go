@@ -23,15 +23,31 @@ type shareFiles struct {
 }
 
 func newShareFiles(a address, password secret.Bytes) (*shareFiles, error) {
+	f := &shareFiles{target: smb.Target{User: a.user, Password: password}}
+	return f, f.set(a)
+}
+
+// set is for before the first file is asked for.
+func (f *shareFiles) set(a address) error {
 	host, port, err := net.SplitHostPort(a.smb)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	n, err := strconv.ParseUint(port, 10, 16)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return &shareFiles{target: smb.Target{Host: host, Port: int(n), User: a.user, Password: password}, shares: a.shares}, nil
+	f.target.Host, f.target.Port, f.shares = host, int(n), a.shares
+	return nil
+}
+
+// named says how the host of o calls itself.
+func (f *shareFiles) named(o Options, name string) error {
+	a, err := parseAddress(o.Host, name)
+	if err != nil {
+		return err
+	}
+	return f.set(a)
 }
 
 func (f *shareFiles) connect(ctx context.Context) (*smb.Client, error) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/backstay/backstay/internal/smb"
@@ -18,9 +19,9 @@ type address struct {
 	port   string // of WS-Management
 	plain  bool   // HTTP, with sealed messages
 	basic  bool
-	pin    *wsman.Fingerprint // of the host's certificate; nil for none
-	ca     string             // file
-	smb    string             // HOST:PORT
+	pins   []wsman.Fingerprint // of the certificates of the host, or of its cluster's nodes
+	ca     string              // file
+	smb    string              // HOST:PORT
 	shares *smb.Shares
 }
 
@@ -45,6 +46,45 @@ func ParseSource(source string) (host *url.URL, name string, err error) {
 		return nil, "", err
 	}
 	return u, name, nil
+}
+
+// isPort says whether at is HOST:PORT.
+func isPort(at string) bool {
+	_, _, err := net.SplitHostPort(at)
+	return err == nil
+}
+
+// nodeSource is the source of another node of the cluster that u is a source
+// of: at its name, with the domain of u's host if it has none, unless node=
+// says where. Other keys are the same for all nodes; smb= of u's own host is
+// not.
+func nodeSource(u *url.URL, node string) *url.URL {
+	out := *u
+	host, port := node, u.Port()
+	if _, domain, ok := strings.Cut(u.Hostname(), "."); ok && !strings.Contains(node, ".") && net.ParseIP(u.Hostname()) == nil {
+		host += "." + domain
+	}
+	query := u.Query()
+	for _, v := range query["node"] {
+		name, at, _ := strings.Cut(v, "=")
+		if !strings.EqualFold(name, node) {
+			continue
+		}
+		if host = strings.Trim(at, "[]"); isPort(at) {
+			host, port, _ = net.SplitHostPort(at)
+		}
+	}
+	if out.Host = host; port != "" {
+		out.Host = net.JoinHostPort(host, port)
+	} else if strings.Contains(host, ":") {
+		out.Host = "[" + host + "]"
+	}
+	query["smb"] = slices.DeleteFunc(slices.Clone(query["smb"]), func(v string) bool { return !strings.Contains(v, "=") })
+	if len(query["smb"]) == 0 {
+		delete(query, "smb")
+	}
+	out.RawQuery = query.Encode()
+	return &out
 }
 
 // parseAddress reads what ParseSource gave. The names are further ones of the
@@ -82,18 +122,20 @@ func parseAddress(u *url.URL, names ...string) (address, error) {
 		return bad("%w", err)
 	}
 	for key, values := range query {
-		if len(values) > 1 && key != "share" {
+		if len(values) > 1 && !slices.Contains([]string{"share", "fingerprint", "node", "smb"}, key) {
 			return bad("%s= stands there more than once", key)
 		}
 		value := values[0]
 		switch key {
 		case "fingerprint":
-			digest, ok := strings.CutPrefix(value, "sha256:")
-			pin, err := wsman.ParseFingerprint(digest)
-			if !ok || err != nil {
-				return bad("fingerprint=%s: want sha256: and 64 hexadecimal digits", value)
+			for _, v := range values {
+				digest, ok := strings.CutPrefix(v, "sha256:")
+				pin, err := wsman.ParseFingerprint(digest)
+				if !ok || err != nil {
+					return bad("fingerprint=%s: want sha256: and 64 hexadecimal digits", v)
+				}
+				a.pins = append(a.pins, pin)
 			}
-			a.pin = &pin
 			if a.plain {
 				return bad("fingerprint= is of a certificate, and over HTTP there is none")
 			}
@@ -109,11 +151,31 @@ func parseAddress(u *url.URL, names ...string) (address, error) {
 				return bad("auth=basic shows the password to whoever listens, and is for HTTPS only")
 			}
 		case "smb":
-			if a.smb = value; value == "" {
-				return bad("smb=: want HOST or HOST:PORT")
+			plain := 0
+			for _, v := range values {
+				node, at, isNode := strings.Cut(v, "=")
+				if at == "" && isNode || v == "" {
+					return bad("smb=%s: want HOST or HOST:PORT, or NODE=HOST:PORT of a cluster's node", v)
+				}
+				if !isNode {
+					at = v
+					plain++
+				}
+				if plain > 1 {
+					return bad("smb= stands there more than once")
+				}
+				if isNode && !slices.ContainsFunc(names, func(name string) bool { return strings.EqualFold(name, node) }) {
+					continue
+				}
+				if a.smb = at; !isPort(at) {
+					a.smb = net.JoinHostPort(strings.Trim(at, "[]"), "445")
+				}
 			}
-			if _, _, err := net.SplitHostPort(value); err != nil {
-				a.smb = net.JoinHostPort(strings.Trim(value, "[]"), "445")
+		case "node":
+			for _, v := range values {
+				if name, at, ok := strings.Cut(v, "="); !ok || name == "" || at == "" {
+					return bad("node=%s: want NODE=HOST or NODE=HOST:PORT of a cluster's node", v)
+				}
 			}
 		case "share":
 			for _, v := range values {

@@ -65,15 +65,11 @@ func (d *Driver) DestroyReferencePoint(ctx context.Context, name, id string) err
 // locked does something with a VM, on the host that has it, that no backup of
 // it may run beside.
 func (d *Driver) locked(ctx context.Context, name string, do func(*Driver, system, *journal.Journal) error) error {
-	_, list, err := d.look(ctx)
+	at, err := d.find(ctx, name)
 	if err != nil {
 		return err
 	}
-	s, err := choose(list, name)
-	if err != nil {
-		return err
-	}
-	l, err := d.lock(ctx, s)
+	l, err := d.lock(ctx, at.sys)
 	if err != nil {
 		return err
 	}
@@ -82,7 +78,7 @@ func (d *Driver) locked(ctx context.Context, name string, do func(*Driver, syste
 	if err != nil {
 		return err
 	}
-	return do(d, s, j)
+	return do(at.d, at.sys, j)
 }
 
 // knownReferences are the ids of a VM's reference points in the journal.
@@ -114,7 +110,7 @@ func (d *Driver) dropReferences(ctx context.Context, j *journal.Journal, s syste
 			if e.Kind != kindReference || e.Data[dataRepo] != prefix || e.Data[dataRun] == keep {
 				continue
 			}
-			if !d.made(e) {
+			if !d.made(e) && !d.sameCluster(ctx, e) {
 				if !asked {
 					if have, err = t.references(ctx); err != nil {
 						return errors.Join(append(errs, err)...)

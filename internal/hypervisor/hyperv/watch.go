@@ -24,7 +24,7 @@ func (s *session) watch() {
 	s.watching, s.watched = cancel, make(chan struct{})
 	go func() {
 		defer close(s.watched)
-		for sleep(ctx, s.d.watchTime) == nil {
+		for sleep(ctx, s.at().watchTime) == nil {
 			if err := s.checkDelta(ctx); err != nil {
 				s.fail(fmt.Errorf("VM %q: %w", s.sys.name, err))
 				return
@@ -37,10 +37,10 @@ func (s *session) watch() {
 func (s *session) checkDelta(ctx context.Context) error {
 	var sum int64
 	for _, file := range s.deltas {
-		if n, err := s.d.files.size(ctx, file); err == nil {
+		if n, err := s.at().files.size(ctx, file); err == nil {
 			sum += n
 		}
-		if err := s.d.checkSpace(ctx, file); err != nil && ctx.Err() == nil {
+		if err := s.at().checkSpace(ctx, file); err != nil && ctx.Err() == nil {
 			return err
 		}
 	}

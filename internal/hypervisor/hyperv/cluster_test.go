@@ -1,0 +1,404 @@
+package hyperv
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/image/imagetest"
+	"github.com/backstay/backstay/internal/point"
+	"github.com/backstay/backstay/internal/secret"
+	"github.com/backstay/backstay/internal/vm"
+	"github.com/backstay/backstay/internal/wsman"
+	sim "github.com/backstay/backstay/sim/hyperv"
+	"github.com/backstay/backstay/sim/hyperv/host"
+)
+
+// A clusterLab is a cluster of simulated nodes, over their real protocol, with
+// a VM web01 on the first.
+type clusterLab struct {
+	*host.Cluster
+	t     *testing.T
+	state string
+	nodes []*host.Host
+	ends  []*sim.Endpoint
+	disk  []byte // of web01
+}
+
+func newClusterLab(t *testing.T, nodes int) *clusterLab {
+	t.Helper()
+	l := &clusterLab{t: t, state: imagetest.MemoryDir(t), disk: make([]byte, diskSize)}
+	dir := imagetest.MemoryDir(t)
+	for i := range nodes {
+		name := fmt.Sprintf("HV%02d", i+1)
+		h, err := host.New(host.Options{Dir: filepath.Join(dir, name), Shared: filepath.Join(dir, "csv"), Name: name, JobTime: time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { h.Close() })
+		l.nodes = append(l.nodes, h)
+	}
+	t.Cleanup(func() {
+		for _, e := range l.ends {
+			if e != nil {
+				e.Close()
+			}
+		}
+	})
+	l.Cluster = host.NewCluster("HVC", l.nodes...)
+	l.add(0, "web01")
+	for _, h := range l.nodes {
+		e, err := sim.Serve(h, "", sim.Options{User: "backup", Password: "secret", HTTP: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.ends = append(l.ends, e)
+	}
+	return l
+}
+
+func (l *clusterLab) add(node int, name string) (guid string) {
+	l.t.Helper()
+	guid, err := l.nodes[node].AddVM(host.Spec{Name: name, Root: `C:\ClusterStorage\Volume1\` + fmt.Sprint(node) + name, Disks: []host.DiskSpec{{Bytes: diskSize}}})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return guid
+}
+
+// driver is one that was opened at a node.
+func (l *clusterLab) driver(node int) *Driver {
+	l.t.Helper()
+	connect := func(i int) *Driver {
+		c, err := wsman.New(wsman.Config{URL: l.ends[i].URL, User: "backup", Password: secret.New([]byte("secret"))})
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		members, err := c.In(clusterNamespace)
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		d := newDriver(c, simFiles{l.nodes[i]}, Options{Host: &url.URL{Scheme: "hyperv", Host: fmt.Sprintf("node%d", i)}, StateDir: l.state})
+		d.poll, d.busyTime, d.settleTime, d.watchTime = 5*time.Millisecond, 50*time.Millisecond, 20*time.Second, 5*time.Millisecond
+		d.members = &client{members, d.poll, d.patience}
+		return d
+	}
+	home := connect(node)
+	home.cluster.dial = func(name string) (*Driver, error) {
+		for i := range l.nodes {
+			if strings.EqualFold(name, fmt.Sprintf("HV%02d", i+1)) {
+				d := connect(i)
+				d.cluster = home.cluster
+				return d, nil
+			}
+		}
+		return nil, fmt.Errorf("node %s: %w", name, fault.ErrNotFound)
+	}
+	l.t.Cleanup(func() { home.Close() })
+	return home
+}
+
+func (l *clusterLab) write(off int64, p string) {
+	l.t.Helper()
+	copy(l.disk[off:], p)
+	if err := l.Owner("web01").WriteBytes("web01", 0, off, []byte(p)); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func (l *clusterLab) move(to int) {
+	l.t.Helper()
+	if err := l.Move("web01", fmt.Sprintf("HV%02d", to+1)); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func (l *clusterLab) begin(d *Driver, prev map[vm.DiskID]hypervisor.PreviousDisk) hypervisor.Session {
+	l.t.Helper()
+	s, err := d.Begin(l.t.Context(), "web01", hypervisor.Options{RepoID: ourRepo, Previous: prev})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return s
+}
+
+// wantRead reads all of the disk and compares.
+func (l *clusterLab) wantRead(s hypervisor.Session, want []byte) {
+	l.t.Helper()
+	got := make([]byte, diskSize)
+	if _, err := s.Disks()[0].ReadAt(got, 0); err != nil && err != io.EOF {
+		l.t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		l.t.Error("what is read is not what the guest wrote before the checkpoint")
+	}
+}
+
+func (l *clusterLab) wantMode(s hypervisor.Session, want point.Mode, reason string) {
+	l.t.Helper()
+	if mode, why := s.Disks()[0].Mode(); mode != want || !strings.Contains(why, reason) {
+		l.t.Errorf("%s (%s), want %s (%s)", mode, why, want, reason)
+	}
+}
+
+// wantLeft counts what the cluster has of web01, wherever that is.
+func (l *clusterLab) wantLeft(checkpoints, references int) {
+	l.t.Helper()
+	h := l.Owner("web01")
+	if h == nil {
+		l.t.Fatal("no node has web01")
+	}
+	points := len(h.Instances("root/virtualization/v2", classReference))
+	frozen := len(h.Instances("root/virtualization/v2", "Msvm_SnapshotOfVirtualSystem"))
+	if frozen != checkpoints || points != references {
+		l.t.Errorf("the VM has %d checkpoints and %d reference points, want %d and %d", frozen, points, checkpoints, references)
+	}
+}
+
+// A VM is found wherever it is, backed up there, and what was made of it before
+// it moved is found after.
+func TestBackupFollowsTheVM(t *testing.T) {
+	l := newClusterLab(t, 3)
+	d := l.driver(2) // which never has it
+	l.write(0, "one")
+	s := l.begin(d, nil)
+	if m := s.Machine(); m.Host != "HV01" {
+		t.Errorf("it is on %s", m.Host)
+	}
+	l.wantRead(s, l.disk)
+	prev := mustCommit(t, s)
+	l.write(100_000, "two")
+	s = l.begin(d, prev)
+	l.wantMode(s, point.Incremental, "")
+	prev = mustCommit(t, s)
+	l.wantLeft(0, 1)
+
+	l.move(1)
+	l.write(200_000, "three")
+	s = l.begin(d, prev)
+	l.wantMode(s, point.Full, "the VM moved from HV01 to HV02")
+	l.wantRead(s, l.disk)
+	prev = mustCommit(t, s)
+	l.wantLeft(0, 1) // the older one went, though it was made elsewhere
+	l.write(300_000, "four")
+	s = l.begin(l.driver(0), prev)
+	l.wantMode(s, point.Incremental, "")
+	l.wantRead(s, l.disk)
+	mustCommit(t, s)
+	l.wantLeft(0, 1)
+}
+
+// A VM that moves while it is read is read on, and its checkpoint is looked
+// after on its new node.
+func TestVMMovesWhileItIsRead(t *testing.T) {
+	for name, end := range map[string]func(*clusterLab, *testing.T, hypervisor.Session){
+		"commit": func(l *clusterLab, t *testing.T, s hypervisor.Session) {
+			prev := mustCommit(t, s)
+			l.wantLeft(0, 1)
+			next := l.begin(l.driver(0), prev)
+			l.wantMode(next, point.Full, "the VM moved from HV01 to HV02")
+			mustAbort(t, next)
+		},
+		"abort": func(l *clusterLab, t *testing.T, s hypervisor.Session) {
+			mustAbort(t, s)
+			l.wantLeft(0, 0)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newClusterLab(t, 2)
+			l.write(0, "before")
+			s := l.begin(l.driver(0), nil)
+			want := bytes.Clone(l.disk)
+			l.move(1)
+			l.write(0, "after")
+			l.wantRead(s, want)
+			if err := s.(hypervisor.Checker).Check(t.Context()); err != nil {
+				t.Errorf("check: %v", err)
+			}
+			end(l, t, s)
+		})
+	}
+}
+
+// A run that died is cleaned up after on whichever node the VM is by then, by
+// its own next backup or by another VM's.
+func TestReapAfterAMove(t *testing.T) {
+	for name, by := range map[string]func(*clusterLab, *Driver) string{
+		"by its own backup": func(*clusterLab, *Driver) string { return "web01" },
+		"by another VM's":   func(l *clusterLab, _ *Driver) string { return l.add(0, "other") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newClusterLab(t, 2)
+			d := l.driver(0)
+			kill(l.begin(d, nil))
+			l.wantLeft(1, 0)
+			l.move(1)
+			vm := by(l, d)
+			s, err := d.Begin(t.Context(), vm, hypervisor.Options{RepoID: ourRepo})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.Contains(warnings(s), "cleaned up after it") {
+				t.Errorf("warnings %q", warnings(s))
+			}
+			mustAbort(t, s)
+			if vm == "web01" {
+				l.wantLeft(0, 0)
+			} else {
+				l.wantLeft(0, 1) // its restore point may be durable
+			}
+		})
+	}
+}
+
+// A node that goes down with a backup under way leaves nothing that the next
+// backup, on another node, does not clean up.
+func TestNodeGoesDown(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for a host that does not answer")
+	}
+	l := newClusterLab(t, 2)
+	d := l.driver(0)
+	l.write(0, "one")
+	s := l.begin(d, nil)
+	l.wantLeft(1, 0)
+	if err := l.ends[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	l.ends[0] = nil
+	if err := l.Fail("HV01"); err != nil {
+		t.Fatal(err)
+	}
+	mustAbort(t, s)
+	l.wantLeft(0, 0)
+	s = l.begin(l.driver(1), nil)
+	l.wantRead(s, l.disk)
+	mustCommit(t, s)
+	l.wantLeft(0, 1)
+}
+
+// Between the look and the checkpoint the VM moves: the backup begins again
+// where it is.
+func TestVMMovesWhileTheBackupBegins(t *testing.T) {
+	for _, at := range []string{"Msvm_SettingsDefineState", "Msvm_VirtualSystemReferencePointService", "Msvm_VssComponent", "Msvm_SnapshotOfVirtualSystem"} {
+		t.Run(at, func(t *testing.T) {
+			l := newClusterLab(t, 2)
+			l.write(0, "one")
+			d := l.driver(0)
+			moved := false
+			d.management = watching{d.management, func(wql string) {
+				if !moved && strings.Contains(wql, at) {
+					moved = true
+					l.move(1)
+				}
+			}}
+			s := l.begin(d, nil)
+			if m := s.Machine(); m.Host != "HV02" || !moved {
+				t.Errorf("it is on %s, moved: %t", m.Host, moved)
+			}
+			l.wantRead(s, l.disk)
+			mustCommit(t, s)
+			l.wantLeft(0, 1)
+			wantNothingOpen(t, d, 1)
+		})
+	}
+}
+
+// Names are looked for on all nodes, VMs are listed once, and of a cluster that
+// may not be asked its own host's are enough.
+func TestNamesOfACluster(t *testing.T) {
+	l := newClusterLab(t, 3)
+	d := l.driver(1)
+	names := func(d *Driver) string {
+		t.Helper()
+		list, err := d.Machines(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out []string
+		for _, m := range list {
+			out = append(out, m.Name+"@"+m.Host)
+		}
+		return strings.Join(out, " ")
+	}
+	l.add(2, "db01")
+	if got := names(d); got != "web01@HV01 db01@HV03" {
+		t.Errorf("%s", got)
+	}
+	twin := l.add(2, "web01")
+	var several *AmbiguousError
+	if _, err := l.driver(0).Begin(t.Context(), "web01", hypervisor.Options{RepoID: ourRepo}); !errors.As(err, &several) {
+		t.Errorf("two of one name on two nodes: %v", err)
+	}
+	s, err := d.Begin(t.Context(), twin, hypervisor.Options{RepoID: ourRepo})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m := s.Machine(); m.Host != "HV03" {
+		t.Errorf("it is on %s", m.Host)
+	}
+	mustAbort(t, s)
+	l.Deny(true)
+	if got := names(l.driver(0)); got != "web01@HV01" {
+		t.Errorf("where the cluster may not be asked: %s", got)
+	}
+	if _, err := l.driver(1).Begin(t.Context(), "web01", hypervisor.Options{RepoID: ourRepo}); !errors.Is(err, fault.ErrNotFound) {
+		t.Errorf("where the cluster may not be asked: %v", err)
+	}
+}
+
+// A VM that no node has is one clear message.
+func TestNoVMOfACluster(t *testing.T) {
+	l := newClusterLab(t, 2)
+	d := l.driver(0)
+	if _, err := d.Begin(t.Context(), "nobody", hypervisor.Options{RepoID: ourRepo}); !errors.Is(err, fault.ErrNotFound) || strings.Contains(err.Error(), "\n") {
+		t.Errorf("%v", err)
+	}
+}
+
+// watching calls back before each query.
+type watching struct {
+	management
+	before func(wql string)
+}
+
+func (w watching) Query(ctx context.Context, wql string) iter.Seq2[*wsman.Instance, error] {
+	w.before(wql)
+	return w.management.Query(ctx, wql)
+}
+
+// wantNothingOpen fails if the journal has more than so many reference points.
+func wantNothingOpen(t *testing.T, d *Driver, references int) {
+	t.Helper()
+	j, err := d.openJournal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	machines, err := j.Machines()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range machines {
+		runs, err := j.Runs(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range runs {
+			for _, e := range r.Open() {
+				if references--; e.Kind != kindReference || references < 0 {
+					t.Errorf("the journal has %+v", e)
+				}
+			}
+		}
+	}
+}
