@@ -23,6 +23,7 @@ import (
 // The demo's VM, and what its guest writes.
 const (
 	demoVM       = "web01"
+	demoAgain    = "web01-again"
 	demoWrites   = 10 // a second, to each disk
 	systemBytes  = 2 << 30
 	dataBytes    = 1 << 30
@@ -38,8 +39,9 @@ func demoCommand() *cobra.Command {
 		Short: "Back up and restore a VM of a simulated Hyper-V host",
 		Long: `Simulates a Hyper-V host on loopback, whose files a real Samba shares, and runs
 backstay against it as people would: list, backup, a guest that writes,
-incremental backup, restore. What is restored is compared with what the guest
-wrote. It needs root and Samba, and leaves nothing behind.`,
+incremental backup, restore to files and as a new VM of that host. What is
+restored is compared with what the guest wrote. It needs root and Samba, and
+leaves nothing behind.`,
 		Example: `  backstay-sim demo --backstay bin/backstay`,
 		Args:    cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -62,6 +64,7 @@ type story struct {
 	host          *host.Host
 	vars          []variable
 	seed          uint64
+	expected      []string // files with what the disks held when the newest backup was taken
 }
 
 // A variable stands for a long argument where commands are shown.
@@ -79,7 +82,7 @@ func runDemo(ctx context.Context, out io.Writer, backstay, dir string) (err erro
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(s.dir)) }()
 	s.Chapter("A simulated Hyper-V host")
-	samba, err := smbtest.Start(ctx, smbtest.Options{Dir: filepath.Join(s.dir, "host", "C")})
+	samba, err := startSamba(ctx, filepath.Join(s.dir, "host", "C"))
 	if err != nil {
 		return err
 	}
@@ -101,7 +104,7 @@ func runDemo(ctx context.Context, out io.Writer, backstay, dir string) (err erro
 	wrote := make(chan error, 1)
 	go func() { wrote <- s.host.Guest(guest, demoVM, demoWrites, 7) }()
 	defer func() { stop(); err = errors.Join(err, <-wrote) }()
-	for _, part := range []func(context.Context) error{s.first, s.second, s.restore} {
+	for _, part := range []func(context.Context) error{s.first, s.second, s.restore, s.onTheHost} {
 		if err := part(ctx); err != nil {
 			return fmt.Errorf("demo: %w", err)
 		}
@@ -110,6 +113,17 @@ func runDemo(ctx context.Context, out io.Writer, backstay, dir string) (err erro
 	s.Say("No Windows took part: docs/design/hyperv-evidence.md says of each thing that this host does on what it rests.")
 	s.Say("Cleaning up: %s goes, and nothing runs on.", s.dir)
 	return nil
+}
+
+// startSamba tries again where somebody took its port.
+func startSamba(ctx context.Context, dir string) (samba *smbtest.Server, err error) {
+	for range 3 {
+		samba, err = smbtest.Start(ctx, smbtest.Options{Dir: dir})
+		if err == nil || errors.Is(err, smbtest.ErrMissing) || ctx.Err() != nil {
+			break
+		}
+	}
+	return samba, err
 }
 
 // prepare makes the VM and says where all is.
@@ -131,7 +145,7 @@ func (s *story) prepare(e *hyperv.Endpoint, smb string) error {
 	}
 	query := fmt.Sprintf(`?smb=%s&share=C:\=%s&fingerprint=sha256:%s`, smb, smbtest.Share, e.Fingerprint)
 	source := "hyperv://" + smbtest.User + "@" + u.Host
-	s.vars = []variable{{"HOST", source + query}, {"VM", source + "/" + demoVM + query}}
+	s.vars = []variable{{"HOST", source + query}, {"VM", source + "/" + demoVM + query}, {"AGAIN", source + "/" + demoAgain + query}}
 	s.Say("It answers WinRM on %s, HTTPS with NTLM; a Samba shares its C: on %s, encrypted. All state is in %s.", u.Host, smb, s.dir)
 	s.Say("Its VM %s runs a guest that says it is Windows, with two disks, and writes all the time.", demoVM)
 	s.Say("With BACKSTAY_REPO, BACKSTAY_PASSWORD_FILE, BACKSTAY_HOST_PASSWORD_FILE, and")
@@ -187,48 +201,63 @@ func (s *story) second(ctx context.Context) error {
 }
 
 // expect writes what the disks held when the newest backup was taken.
-func (s *story) expect() (files []string, err error) {
+func (s *story) expect() error {
 	points := s.host.Instances("root/virtualization/v2", "Msvm_VirtualSystemReferencePoint")
 	if len(points) != 1 {
-		return nil, fmt.Errorf("the host has %d reference points; the newest backup leaves one", len(points))
+		return fmt.Errorf("the host has %d reference points; the newest backup leaves one", len(points))
 	}
 	for disk, bytes := range []int64{systemBytes, dataBytes} {
 		name := filepath.Join(s.dir, fmt.Sprintf("expected%d.raw", disk))
 		f, err := os.Create(name)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		err = errors.Join(f.Truncate(bytes), s.host.Expected(demoVM, disk, points[0].Get("InstanceID").String(), f), f.Close())
 		if err != nil {
-			return nil, err
+			return err
 		}
-		files = append(files, name)
+		s.expected = append(s.expected, name)
 	}
-	return files, nil
+	return nil
 }
 
 func (s *story) restore(ctx context.Context) error {
-	s.Chapter("It comes back")
+	s.Chapter("It comes back, as files")
 	restored := filepath.Join(s.dir, "restored")
 	if err := s.run(ctx, "restore", demoVM, "--to", restored+"/", "--format", "vhdx"); err != nil {
 		return err
 	}
-	expected, err := s.expect()
-	if err != nil {
+	if err := s.expect(); err != nil {
 		return err
-	}
-	disks, err := filepath.Glob(filepath.Join(restored, "*.vhdx"))
-	if err != nil {
-		return err
-	}
-	if len(disks) != len(expected) {
-		return fmt.Errorf("restored are %s", strings.Join(disks, ", "))
 	}
 	s.Say("The simulator knows what the guest had written when the checkpoint was taken:")
+	return s.compare(ctx, restored)
+}
+
+// compare compares the disks in a directory with what they have to hold.
+func (s *story) compare(ctx context.Context, dir string) error {
+	disks, err := filepath.Glob(filepath.Join(dir, "*.vhdx"))
+	if err != nil {
+		return err
+	}
+	if len(disks) != len(s.expected) {
+		return fmt.Errorf("in %s are %s", dir, strings.Join(disks, ", "))
+	}
 	for i, d := range disks {
-		if err := s.run(ctx, "image", "compare", d, expected[i]); err != nil {
+		if err := s.run(ctx, "image", "compare", d, s.expected[i]); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func (s *story) onTheHost(ctx context.Context) error {
+	s.Chapter("And as a VM of the host")
+	for _, args := range [][]string{{"restore", demoVM, "--to", "$AGAIN", "--folder", `C:\VMs`, "--start"}, {"vm", "list", "$HOST"}} {
+		if err := s.run(ctx, args...); err != nil {
+			return err
+		}
+	}
+	s.Say("Its disks, where the host has them:")
+	return s.compare(ctx, s.host.Local(`C:\VMs\`+demoAgain))
 }

@@ -27,12 +27,12 @@ func TestDemo(t *testing.T) {
 	if err := runDemo(t.Context(), &out, backstay, dir); err != nil {
 		t.Fatalf("%v\n%s", err, out.String())
 	}
-	for _, want := range []string{"scsi0:0: full", "scsi0:1: incremental", "application", "== Done"} {
+	for _, want := range []string{"scsi0:0: full", "scsi0:1: incremental", "application", "VM web01-again", "== Done"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("the demo does not say %q:\n%s", want, out.String())
 		}
 	}
-	if n := strings.Count(out.String(), "| identical"); n < 2 {
+	if n := strings.Count(out.String(), "| identical"); n != 4 {
 		t.Errorf("%d disks were compared:\n%s", n, out.String())
 	}
 	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {

@@ -94,7 +94,7 @@ func (w *windows) command(ctx context.Context, name string, args ...string) *exe
 	cmd.Env = append(os.Environ(), "WINEPREFIX="+filepath.Join(w.dir, "prefix"), "WINEDEBUG=-all", "WINEDLLOVERRIDES=mscoree,mshtml=", "DISPLAY=",
 		"WINESERVER="+wineserver, "BACKSTAY_PASSWORD=correct horse")
 	cmd.Dir = w.dir
-	cmd.WaitDelay = 10 * time.Second
+	cmd.WaitDelay = time.Minute
 	return cmd
 }
 
