@@ -118,6 +118,7 @@ var Behaviours = []Behaviour{
 	{"system", "new VMs and disks go where Msvm_VirtualSystemManagementServiceSettingData says", Documented, "Msvm_VirtualSystemManagementServiceSettingData"},
 	{"network", "HostResource is the path of an Msvm_VirtualEthernetSwitch, LastKnownSwitchName follows", Documented, "Msvm_EthernetPortAllocationSettingData"},
 	{"network", "a connection with EnabledState 3 needs no switch", Documented, "Msvm_EthernetPortAllocationSettingData"},
+	{"network", "an adapter without a MAC address gets one of the host's range when its VM starts, if it is not static", Documented, "Set-VMNetworkAdapter's DynamicMacAddress; Msvm_VirtualSystemManagementServiceSettingData has the range"},
 	{"network", "connecting to a switch that is not there fails in the job", Guess, ""},
 	{"planned", "ImportSystemDefinition's job makes an Msvm_PlannedComputerSystem, found as what it affected with effect 5", Source, "Bareos, nxmBackup"},
 	{"planned", "its settings are of type Microsoft:Hyper-V:System:Planned and found by Msvm_SettingsDefineState", Source, "Microsoft's sample, nxmBackup; the association's page names Msvm_ComputerSystem alone"},

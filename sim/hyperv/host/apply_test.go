@@ -109,6 +109,9 @@ func TestDisksWithoutCheckpoints(t *testing.T) {
 // A disk grows while its VM runs, and not while there are checkpoints.
 func TestADiskGrows(t *testing.T) {
 	for _, fixed := range []bool{false, true} {
+		if testing.Short() && fixed {
+			continue
+		}
 		b := newBench(t, host.Options{}, host.Spec{Disks: []host.DiskSpec{{Bytes: mib, Fixed: fixed}}})
 		if err := b.h.Write("web01", 0, mib-4096, 4096, 1); err != nil {
 			t.Fatal(err)

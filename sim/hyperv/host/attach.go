@@ -150,7 +150,7 @@ func (h *Host) openChain(path string) (image.Image, []string, error) {
 	switch strings.ToLower(gopath.Ext(path)) {
 	case ".vhdx", ".avhdx", ".vhd", ".avhd":
 	default:
-		return nil, nil, errors.New(unknownText)
+		return nil, nil, problem{text: unknownText}
 	}
 	img, err := open(path)
 	if err == nil {
@@ -161,12 +161,12 @@ func (h *Host) openChain(path string) (image.Image, []string, error) {
 		layer.Close()
 		switch {
 		case differencing && !found[path]:
-			return nil, nil, errors.New(noParentText)
+			return nil, nil, problem{text: noParentText}
 		case differencing:
-			return nil, nil, errors.New(mismatchText)
+			return nil, nil, problem{text: mismatchText}
 		}
 	}
-	return nil, nil, errors.New(noDiskText)
+	return nil, nil, problem{text: noDiskText}
 }
 
 // besides is the path of the file that the one at path calls name.

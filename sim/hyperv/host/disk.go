@@ -339,10 +339,8 @@ func (d *disk) whole(off int64, data []byte) write {
 	}
 	for _, old := range d.history(len(d.log)) {
 		if old.off < to && old.off+old.n > from {
-			p := old.bytes()
-			for i := max(old.off, from); i < min(old.off+old.n, to); i++ {
-				w.data[i-from] = p[i-old.off]
-			}
+			at := max(old.off, from)
+			copy(w.data[at-from:], old.bytes()[at-old.off:])
 		}
 	}
 	copy(w.data[off-from:], data)

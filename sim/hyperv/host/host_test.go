@@ -172,6 +172,12 @@ func (b *bench) expected(disk int, moment string, bytes int) []byte {
 
 func (b *bench) same(what string, got, want []byte) {
 	b.Helper()
+	if bytes.Equal(got, want) {
+		return
+	}
+	if len(got) != len(want) {
+		b.Fatalf("%s: %d bytes, want %d", what, len(got), len(want))
+	}
 	for i := range want {
 		if got[i] != want[i] {
 			b.Fatalf("%s: byte %d is %#x, want %#x", what, i, got[i], want[i])

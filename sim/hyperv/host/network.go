@@ -1,6 +1,7 @@
 package host
 
 import (
+	"fmt"
 	"strings"
 
 	"github.com/backstay/backstay/sim/hyperv/cim"
@@ -56,6 +57,37 @@ func (h *Host) findSwitches(c *config) {
 			}
 		}
 	}
+}
+
+// The range that MAC addresses are taken from: its beginning, and how many.
+const (
+	macPrefix = "00155D0000"
+	macCount  = 256
+)
+
+// addresses gives network adapters without a MAC address one that nobody here
+// has, and says whether there were any. When none is left they stay without.
+func (h *Host) addresses(c *config) (changed bool) {
+	taken := map[string]bool{}
+	for _, v := range h.vms {
+		for _, p := range v.config.parts {
+			taken[strings.ToUpper(p.Get("Address").String())] = true
+		}
+	}
+	next := 0
+	for _, p := range c.parts {
+		if p.Get("ResourceType").Uint() != 10 || p.Get("StaticMacAddress").String() == "true" || strings.Trim(p.Get("Address").String(), "0") != "" {
+			continue
+		}
+		for ; next < macCount; next++ {
+			if mac := fmt.Sprintf("%s%02X", macPrefix, next); !taken[mac] {
+				p.Put("Address", cim.Text(mac))
+				taken[mac], changed = true, true
+				break
+			}
+		}
+	}
+	return changed
 }
 
 // connect notes the name of the switch that a connection leads to.

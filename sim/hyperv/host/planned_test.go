@@ -147,6 +147,9 @@ func (b *bench) must(job *cim.Instance) {
 // is of, with other disks, another name and another identity.
 func TestADefinitionIsImported(t *testing.T) {
 	for _, ide := range []bool{false, true} {
+		if testing.Short() && ide {
+			continue
+		}
 		t.Run(fmt.Sprintf("generation 1 %v", ide), func(t *testing.T) {
 			b := newBench(t, host.Options{}, host.Spec{IDE: ide, Disks: []host.DiskSpec{{Bytes: 4 * mib}, {Bytes: 4 * mib}}})
 			for d := range 2 {

@@ -120,7 +120,7 @@ func (h *Host) services(put func(*cim.Instance)) {
 	}
 	put(cim.New(cim.Virtualization, "Msvm_VirtualSystemManagementServiceSettingData").Put("InstanceID", cim.Text("Microsoft:"+h.o.Name)).
 		Put("DefaultExternalDataRoot", cim.Text(h.o.DataRoot)).Put("DefaultVirtualHardDiskPath", cim.Text(h.o.DiskRoot)).
-		Put("MinimumMacAddress", cim.Text("00155D000000")).Put("MaximumMacAddress", cim.Text("00155D0000FF")))
+		Put("MinimumMacAddress", cim.Text(macPrefix+"00")).Put("MaximumMacAddress", cim.Text(macPrefix+"FF")))
 	for _, s := range h.switches {
 		put(s.instance())
 	}

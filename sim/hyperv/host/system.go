@@ -146,6 +146,11 @@ func (h *Host) changeState(target cim.Ref, args results) (results, uint32) {
 			if err := h.startable(v); err != nil {
 				return nil, err
 			}
+			if h.addresses(v.config) {
+				if err := h.writeFiles(v.config); err != nil {
+					return nil, err
+				}
+			}
 		}
 		v.state, v.changed = change.to, h.stamp()
 		return []affected{{v.ref(), effectUnknown}}, nil

@@ -15,6 +15,9 @@ import (
 func TestVHDs(t *testing.T) {
 	const size = 5*mib + 512
 	for _, fixed := range []bool{false, true} {
+		if testing.Short() && fixed {
+			continue
+		}
 		t.Run(fmt.Sprintf("fixed %v", fixed), func(t *testing.T) {
 			b := newBench(t, host.Options{}, host.Spec{IDE: true, Disks: []host.DiskSpec{{Path: `C:\VMs\web01\old.vhd`, Bytes: size, Fixed: fixed}, {Bytes: mib}}})
 			write := func(seed byte, off int64, n int) {
