@@ -28,24 +28,28 @@ import (
 
 // What must not be in a recording of the host below.
 const (
-	secretHost   = "HVKONTOSO07"
-	secretUser   = "svc-sicherung"
-	secretWord   = "hunter2-Passwort"
-	secretVM     = "Lohnbüro & Söhne <Zürich>"
-	secretOther  = "payroll%20db-ŁÓDŹ"
-	secretFolder = "Kunden Müllerhaus"
+	secretHost    = "HVKONTOSO07"
+	secretCluster = "Kontosoverbund"
+	secretUser    = "svc-sicherung"
+	secretWord    = "hunter2-Passwort"
+	secretVM      = "Lohnbüro & Söhne <Zürich>"
+	secretOther   = "payroll%20db-ŁÓDŹ"
+	secretFolder  = "Kunden Müllerhaus"
 )
 
 // record makes a recording of a simulated host: the VM that it asks for closely
 // and one beside it.
 func record(t *testing.T, plain bool) (*recording.Recording, []string) {
 	t.Helper()
-	h, err := host.New(host.Options{Dir: t.TempDir(), Name: secretHost, JobTime: time.Millisecond})
+	h, err := host.New(host.Options{Dir: t.TempDir(), Shared: t.TempDir(), Name: secretHost, JobTime: time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { h.Close() })
-	for name, path := range map[string]string{secretVM: `C:\` + secretFolder + `\Disk of Lohnbuero.vhdx`, secretOther: ""} {
+	if plain { // and so that both are seen
+		host.NewCluster(secretCluster, h)
+	}
+	for name, path := range map[string]string{secretVM: `C:\ClusterStorage\Volume1\` + secretFolder + `\Disk of Lohnbuero.vhdx`, secretOther: ""} {
 		if _, err := h.AddVM(host.Spec{Name: name, Disks: []host.DiskSpec{{Path: path, Bytes: 4 << 20}}}); err != nil {
 			t.Fatal(err)
 		}
@@ -168,7 +172,7 @@ func TestARecordingIsReplayedAndNamesNobody(t *testing.T) {
 			if err := c.Write(&out); err != nil {
 				t.Fatal(err)
 			}
-			hunt(t, out.String(), append(ids, secretHost, secretUser, secretWord, secretVM, secretOther, secretFolder, "Lohnbuero")...)
+			hunt(t, out.String(), append(ids, secretHost, secretCluster, secretUser, secretWord, secretVM, secretOther, secretFolder, "Lohnbuero")...)
 			for _, want := range []string{"CreateSnapshot", "ConvertToReferencePoint", "DestroySnapshot", "DestroyReferencePoint", "Microsoft:Hyper-V:Snapshot:Recovery", ".avhdx", "4194304"} {
 				if !strings.Contains(out.String(), want) {
 					t.Errorf("%s was taken out, and tells nothing of anybody", want)

@@ -97,6 +97,13 @@ func (d *Driver) surveyHost(ctx context.Context) (os string, err error) {
 			return "", err
 		}
 	}
+	if d.members != nil { // a host of no cluster refuses
+		for _, class := range []string{"MSCluster_Cluster", "MSCluster_Node", "MSCluster_Resource"} {
+			if _, err := d.members.query(ctx, "SELECT * FROM "+class); unanswered(err) {
+				return "", err
+			}
+		}
+	}
 	other, ok := d.management.(interface {
 		In(string) (*wsman.Client, error)
 	})
