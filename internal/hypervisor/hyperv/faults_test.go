@@ -116,6 +116,24 @@ func (s *site) write(off int64, p string) {
 // for none.
 func (s *site) backUp(spoil func(int, string) simwsman.Trouble) backup.Result {
 	s.Helper()
+	d := s.driver(Options{MergeWait: time.Minute})
+	defer d.Close()
+	s.mu.Lock()
+	s.asked, s.spoil = nil, spoil
+	s.mu.Unlock()
+	res := backup.Run(s.Context(), backup.Options{Repo: s.repo, Audit: -1}, []backup.Job{{Driver: d, Name: s.name, Consistency: vm.Crash}})[0]
+	s.mu.Lock()
+	s.spoil = nil
+	s.mu.Unlock()
+	if res.Point != nil {
+		s.want[res.Point.Ref()] = bytes.Clone(s.disk)
+	}
+	return res
+}
+
+// driver is a new one of the host.
+func (s *site) driver(o Options) *Driver {
+	s.Helper()
 	c, err := wsman.New(wsman.Config{URL: s.at.URL, User: "backup", Password: secret.New([]byte("secret"))})
 	if err != nil {
 		s.Fatal(err)
@@ -136,20 +154,10 @@ func (s *site) backUp(spoil func(int, string) simwsman.Trouble) backup.Result {
 	if s.files != nil {
 		reached = s.files
 	}
-	d := newDriver(c, reached, Options{Host: &url.URL{Scheme: "hyperv", Host: "hv01"}, StateDir: s.state, MergeWait: time.Minute})
+	o.Host, o.StateDir = &url.URL{Scheme: "hyperv", Host: "hv01"}, s.state
+	d := newDriver(c, reached, o)
 	d.poll = time.Millisecond
-	defer d.Close()
-	s.mu.Lock()
-	s.asked, s.spoil = nil, spoil
-	s.mu.Unlock()
-	res := backup.Run(s.Context(), backup.Options{Repo: s.repo, Audit: -1}, []backup.Job{{Driver: d, Name: s.name, Consistency: vm.Crash}})[0]
-	s.mu.Lock()
-	s.spoil = nil
-	s.mu.Unlock()
-	if res.Point != nil {
-		s.want[res.Point.Ref()] = bytes.Clone(s.disk)
-	}
-	return res
+	return d
 }
 
 // wantPoints compares all restore points with what the guest had written then.
@@ -193,7 +201,7 @@ func (s *site) left() (l left) {
 	for _, i := range s.host.Instances(cim.Virtualization, classReference) {
 		l.references = append(l.references, i.Get("InstanceID").String())
 	}
-	err := filepath.WalkDir(filepath.Join(s.dir, "C"), func(file string, e fs.DirEntry, err error) error {
+	err := filepath.WalkDir(s.dir, func(file string, e fs.DirEntry, err error) error {
 		if err == nil && (strings.HasSuffix(file, ".avhdx") || strings.Contains(file, "Snapshots"+string(os.PathSeparator))) {
 			l.files = append(l.files, file)
 		}
@@ -240,6 +248,8 @@ func (s *site) wantTidy(references int) {
 	if len(l.checkpoints) > 0 || len(l.files) > 0 || len(noted[kindCheckpoint]) > 0 {
 		s.Errorf("the host has %q, %q; the journal %q", l.checkpoints, l.files, noted)
 	}
+	slices.Sort(l.references)
+	slices.Sort(noted[kindReference])
 	if len(l.references) != references || fmt.Sprint(l.references) != fmt.Sprint(noted[kindReference]) {
 		s.Errorf("the host has the reference points %q, the journal %q; want %d", l.references, noted[kindReference], references)
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/url"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -97,10 +96,11 @@ func (f simFiles) space(context.Context, string) (int64, int64, error) {
 }
 
 func (f simFiles) share(name string) (string, error) {
-	if !strings.HasPrefix(filepath.ToSlash(name), `C:`) {
+	drive, _, ok := strings.Cut(name, `:\`)
+	if !ok || len(drive) != 1 {
 		return "", fmt.Errorf("%s: %w", name, image.ErrNotAllowed)
 	}
-	return "C$", nil
+	return drive + "$", nil
 }
 
 func (f simFiles) close() error { return nil }
