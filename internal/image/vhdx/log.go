@@ -51,7 +51,14 @@ type logReader struct {
 	checked int64            // bytes of entries whose checksum was computed
 	sawOwn  bool             // some sector bears the log's GUID
 	buf     []byte
+
+	window   []byte // of the ring, for what is read in small pieces
+	windowAt int64
 }
+
+// logWindow is how much of the ring is read at once in search of entries, which
+// lie at any of its sectors: a log on a share is 256 round trips otherwise.
+const logWindow = 256 << 10
 
 // A replayed file is the file as it will be after the replay, of which
 // nothing is written: changes are read from the log.
@@ -156,7 +163,7 @@ func (l *logReader) entry(at int64) (*entry, error) {
 		return e, nil
 	}
 	var p [entryHeader]byte
-	if err := l.read(p[:], at); err != nil {
+	if err := l.peek(p[:], at); err != nil {
 		return nil, err
 	}
 	if string(p[:4]) != "loge" || guid(p[32:48]) != l.header.log {
@@ -192,6 +199,26 @@ func (l *logReader) entry(at int64) (*entry, error) {
 	}
 	l.known[at] = e
 	return e, nil
+}
+
+// peek is read by way of the window.
+func (l *logReader) peek(p []byte, at int64) error {
+	if l.header.logBytes-at < int64(len(p)) {
+		return l.read(p, at)
+	}
+	if at < l.windowAt || at+int64(len(p)) > l.windowAt+int64(len(l.window)) {
+		if l.window == nil {
+			l.window = make([]byte, logWindow)
+		}
+		w := l.window[:min(logWindow, l.header.logBytes-at)]
+		l.window = w[:0]
+		if err := l.read(w, at); err != nil {
+			return err
+		}
+		l.window, l.windowAt = w, at
+	}
+	copy(p, l.window[at-l.windowAt:])
+	return nil
 }
 
 // read reads p from a place of the ring.

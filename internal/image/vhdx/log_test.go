@@ -345,3 +345,36 @@ func TestHostileAmplification(t *testing.T) {
 		t.Errorf("33000 zeros: %v", err)
 	}
 }
+
+// A dirty log on a share is searched by few reads: each is a round trip.
+func TestLogIsSearchedInLargePieces(t *testing.T) {
+	m := file(t, image.CreateOptions{})
+	at := blockOf(m, 0)
+	end := int64(len(m))
+	m.log(logEntry{512 << 10, 512 << 10, 7, end, end, []logChange{{off: at, page: page(9)}}})
+	m.dirty()
+	f := &counted{File: m}
+	img, err := Open(f, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	got := make([]byte, logSector)
+	if _, err := img.ReadAt(got, 0); err != nil || got[100] != 9 {
+		t.Errorf("the log was not replayed: %d, %v", got[100], err)
+	}
+	if f.reads > 40 {
+		t.Errorf("%d reads, want at most 40", f.reads)
+	}
+}
+
+// counted counts how often a file is read.
+type counted struct {
+	image.File
+	reads int
+}
+
+func (c *counted) ReadAt(p []byte, off int64) (int, error) {
+	c.reads++
+	return c.File.ReadAt(p, off)
+}
