@@ -49,6 +49,8 @@ type simulated struct {
 	vm   string
 	seed uint64
 	dir  string // of its volumes
+	// added is how many further VMs there were made.
+	added int
 
 	mu    sync.Mutex
 	spoil map[string]func() simwsman.Trouble // requests, by the end of their action
@@ -204,8 +206,9 @@ func hypervCmds() map[string]func(*testscript.TestScript, bool, []string) {
 		},
 		// hyperv-add NAME: a further VM of that name.
 		"hyperv-add": func(ts *testscript.TestScript, neg bool, args []string) {
-			n := len(of(ts).host.Instances(cim.Virtualization, "Msvm_ComputerSystem"))
-			_, err := of(ts).host.AddVM(host.Spec{Name: args[0], Disks: []host.DiskSpec{{Path: fmt.Sprintf(`C:\VMs\more\%d.vhdx`, n), Bytes: 4 << 20}}})
+			h := of(ts)
+			h.added++
+			_, err := h.host.AddVM(host.Spec{Name: args[0], Disks: []host.DiskSpec{{Path: fmt.Sprintf(`C:\VMs\more\%d.vhdx`, h.added), Bytes: 4 << 20}}})
 			ts.Check(err)
 		},
 		// hyperv-tidy N: nothing of a backup is left on the host but N reference

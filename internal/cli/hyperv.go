@@ -49,6 +49,8 @@ func hypervHint(err error) string {
 			strings.ReplaceAll(cert.Fingerprint.String(), ":", ""))
 	case errors.As(err, &who):
 		return "check the user (DOMAIN%5CUSER for one of a domain) and --host-password-file; a local account other than Administrator also has to be in the groups Hyper-V Administrators and Remote Management Users"
+	case errors.As(err, new(*hyperv.NoDiskError)):
+		return `a folder that no share reaches needs ?share=C:\VMs=SHARE in the source, one of another server ?smb=SERVER&share=\\SERVER\VMs=SHARE; leave out fewer disks with --exclude-disk`
 	case errors.As(err, new(*hyperv.DiskError)) && (errors.Is(err, fault.ErrCorrupt) || errors.Is(err, fault.ErrNotFound)):
 		return `the disk's files on the host do not hold together; the repository is not touched: see there with "Get-VHD" and "Test-VHD" which file is damaged or missing`
 	case errors.As(err, &files) && errors.Is(err, fault.ErrDenied):

@@ -240,7 +240,7 @@ func (b *beginning) session(ctx context.Context, list []system) (s *session, err
 		}
 	}
 	if len(volumes) == 0 {
-		return nil, hypervisor.ErrNoDisk
+		return nil, noDisk(before)
 	}
 	if b.release, err = d.slot(ctx, volumes); err != nil {
 		b.release = func() {}
@@ -266,6 +266,29 @@ func (b *beginning) session(ctx context.Context, list []system) (s *session, err
 	}
 	return s, nil
 }
+
+// A NoDiskError says of each disk of a VM why it can't be backed up. It is a
+// hypervisor.ErrNoDisk.
+type NoDiskError struct{ Disks []vm.Disk }
+
+func noDisk(list []drive) error {
+	e := &NoDiskError{}
+	for _, d := range list {
+		e.Disks = append(e.Disks, d.Disk)
+	}
+	return e
+}
+
+func (e *NoDiskError) Error() string {
+	text := hypervisor.ErrNoDisk.Error()
+	for _, d := range e.Disks {
+		text += fmt.Sprintf("; %s: %s", d.ID, d.Excluded)
+	}
+	return text
+}
+
+// Unwrap is hypervisor.ErrNoDisk.
+func (e *NoDiskError) Unwrap() error { return hypervisor.ErrNoDisk }
 
 // checkSpace fails if the volume of a file is about to be full. A host that
 // doesn't tell is believed to have space.

@@ -115,6 +115,9 @@ func TestDirtyLog(t *testing.T) {
 // A chain of files that does not hold together ends the backup, by the name of
 // the file that is wrong; nothing is left, and the next works.
 func TestBrokenChains(t *testing.T) {
+	if testing.Short() {
+		t.Skip("waits for many jobs")
+	}
 	s := newSite(t)
 	s.write(0, "the first")
 	s.mustBackUp()

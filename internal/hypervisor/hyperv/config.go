@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/backstay/backstay/internal/vm"
@@ -27,6 +28,8 @@ func (b *beginning) describeConfig(ctx context.Context) {
 	}
 	if err := b.configFiles(ctx); err != nil {
 		b.warn("the host's own definition of the VM is not in the restore point: %v", err)
+	} else if def.TPM && !slices.ContainsFunc(b.config, func(f vm.ConfigFile) bool { return strings.EqualFold(filepath.Ext(f.Name), ".vmgs") }) {
+		b.warn("the VM has a TPM, and the file of its state (.vmgs) is not where its definition is: without it the guest asks for its recovery keys after a restore")
 	}
 }
 
