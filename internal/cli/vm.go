@@ -23,7 +23,8 @@ func (a *app) vmListCmd() *cobra.Command {
 		Use:   "list URL",
 		Short: "list the VMs of a host with their disks",
 		Example: `  backstay vm list kvm:///system
-  backstay vm list hyperv://backup@hv01 --host-password-file hv01.password`,
+  backstay vm list hyperv://backup@hv01 --host-password-file hv01.password
+  backstay vm list 'hyperv://backup@hvcluster?node=HV02=10.0.0.2'           # of all nodes`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()

@@ -14,6 +14,7 @@ import (
 	"github.com/backstay/backstay/internal/hypervisor/journal"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
+	"github.com/backstay/backstay/internal/wsman"
 )
 
 // A volume with less free than both of these gets no checkpoint, and ends one:
@@ -114,7 +115,7 @@ func (at sighting) begin(ctx context.Context, name string, o hypervisor.Options,
 	}
 	if err != nil {
 		err = fmt.Errorf("VM %q: %w", name, err)
-		moved = ctx.Err() == nil && b.follow(ctx)
+		moved = ctx.Err() == nil && b.follow(ctx, err)
 		if e := b.undo(ctx); e != nil {
 			moved = false
 			err = fmt.Errorf("%w; left for the next run to clean up: %w", err, e)
@@ -140,17 +141,19 @@ func (b *beginning) target() *target {
 	return t
 }
 
-// follow looks whether another node of the cluster has the VM by now. If so,
-// the session speaks to that from then on.
-func (b *beginning) follow(ctx context.Context) bool {
+// follow looks whether another node of the cluster has the VM by now, which may
+// be why something failed. If so, the session speaks to that from then on.
+func (b *beginning) follow(ctx context.Context, why error) bool {
 	d := b.at()
 	if d.cluster.isAlone() {
 		return false
 	}
 	for until := time.Now().Add(d.busyTime); ; {
-		here := b.target().onHost(ctx)
-		if here == nil {
-			return false
+		here := why
+		if cut := (*wsman.ConnectionError)(nil); !errors.As(why, &cut) { // else it has not answered just now
+			if here = b.target().onHost(ctx); here == nil {
+				return false
+			}
 		}
 		now, err := d.find(ctx, b.sys.guid)
 		switch {

@@ -58,7 +58,7 @@ func (s *session) Check(ctx context.Context) error {
 		return err
 	}
 	_, err := s.at().Get(ctx, s.frozen.ref)
-	if err != nil && s.follow(ctx) {
+	if err != nil && s.follow(ctx, err) {
 		_, err = s.at().Get(ctx, s.frozen.ref) // it went along
 	}
 	if errors.Is(err, fault.ErrNotFound) {
@@ -114,7 +114,7 @@ func (s *session) finish(ctx context.Context, commit bool) error {
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 	defer cancel()
 	err := s.conclude(ending, commit)
-	for try := 1; err != nil && try < mostMoves && s.follow(ending); try++ {
+	for try := 1; err != nil && try < mostMoves && s.follow(ending, err); try++ {
 		err = s.conclude(ending, commit)
 	}
 	if !commit && errors.Is(err, errElsewhere) {
