@@ -366,7 +366,17 @@ func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.R
 		return err
 	}
 	defer d.Close()
-	res, err := restore.VM(ctx, from, p, kvmHost{d}, o)
+	host := kvmHost{d: d}
+	if _, own := p.Config["domain.xml"]; !own {
+		def, known, err := definitionOf(ctx, from, p)
+		if err != nil {
+			return err
+		}
+		if known {
+			host.def = &def
+		}
+	}
+	res, err := restore.VM(ctx, from, p, host, o)
 	bar.end()
 	if errors.Is(err, fault.ErrExists) {
 		err = withHint(err, "choose another name: a restore never replaces a VM")
@@ -381,7 +391,10 @@ func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.R
 }
 
 // kvmHost makes the KVM driver a place for restored VMs.
-type kvmHost struct{ d *kvm.Driver }
+type kvmHost struct {
+	d   *kvm.Driver
+	def *vm.Definition // of a VM of another hypervisor; nil for none
+}
 
 func (h kvmHost) Exists(ctx context.Context, name string) (bool, error) {
 	machines, err := h.d.Machines(ctx)
@@ -397,7 +410,7 @@ func (h kvmHost) ImageDir(ctx context.Context) (string, error) { return h.d.Imag
 
 func (h kvmHost) Define(ctx context.Context, d restore.Definition) error {
 	o := kvm.DefineOptions{
-		Name: d.Name, Machine: &d.Machine, DomainXML: d.Config["domain.xml"], NVRAM: d.Config["nvram"], Start: d.Start,
+		Name: d.Name, Machine: &d.Machine, Definition: h.def, DomainXML: d.Config["domain.xml"], NVRAM: d.Config["nvram"], Start: d.Start,
 		Disks: map[vm.DiskID]string{}, DiskFormats: map[vm.DiskID]string{},
 	}
 	for id, img := range d.Disks {

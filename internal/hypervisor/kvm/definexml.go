@@ -139,10 +139,11 @@ func neutral(o DefineOptions, virt, nvram string) *libvirtxml.Domain {
 	used := map[string]int{}
 	for i, id := range order {
 		b, prefix := "sata", "sd"
-		switch bus[id] {
-		case "virtio":
+		switch {
+		case o.Definition != nil: // its buses are not ours, and every guest knows this one
+		case bus[id] == "virtio":
 			b, prefix = "virtio", "vd"
-		case "scsi", "usb":
+		case bus[id] == "scsi", bus[id] == "usb":
 			b = bus[id]
 		}
 		k := libvirtxml.DomainDisk{Device: "disk",
@@ -163,7 +164,33 @@ func neutral(o DefineOptions, virt, nvram string) *libvirtxml.Domain {
 		x.OS.Firmware = "efi"
 		x.OS.NVRam = &libvirtxml.DomainNVRam{NVRam: nvram}
 	}
+	if o.Definition != nil {
+		describe(x, *o.Definition)
+	}
 	return x
+}
+
+// describe gives a VM what another hypervisor said of it. Its network cards
+// are there and lead nowhere: the networks are that one's.
+func describe(x *libvirtxml.Domain, def vm.Definition) {
+	if def.MemoryBytes > 0 {
+		x.Memory = &libvirtxml.DomainMemory{Value: uint(def.MemoryBytes >> 10), Unit: "KiB"}
+	}
+	if def.Processors > 0 {
+		x.VCPU = &libvirtxml.DomainVCPU{Value: uint(def.Processors)}
+	}
+	x.Description = def.Notes
+	if def.Firmware == "uefi" {
+		x.OS.Firmware = "efi"
+		x.OS.FirmwareInfo = &libvirtxml.DomainOSFirmwareInfo{Features: []libvirtxml.DomainOSFirmwareFeature{{Name: "secure-boot", Enabled: "no"}}}
+	}
+	for range def.NICs {
+		x.Devices.Interfaces = append(x.Devices.Interfaces, libvirtxml.DomainInterface{
+			Source: &libvirtxml.DomainInterfaceSource{User: &libvirtxml.DomainInterfaceSourceUser{}},
+			Model:  &libvirtxml.DomainInterfaceModel{Type: "e1000e"},
+			Link:   &libvirtxml.DomainInterfaceLink{State: "down"},
+		})
+	}
 }
 
 // letters numbers devices as Linux does: a, b, … z, aa, ab, …

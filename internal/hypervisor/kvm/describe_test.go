@@ -2,6 +2,7 @@ package kvm
 
 import (
 	"reflect"
+	"strings"
 	"testing"
 
 	"github.com/backstay/backstay/internal/vm"
@@ -35,5 +36,29 @@ func TestDescribe(t *testing.T) {
 	}
 	if _, err := Describe([]byte("<domain")); err == nil {
 		t.Error("half a definition was read")
+	}
+}
+
+// A VM of another hypervisor gets here what that said of it, on devices that
+// every guest knows, and no network.
+func TestNeutralOfADescription(t *testing.T) {
+	def := vm.Definition{Version: 1, Hypervisor: "hyperv", Processors: 3, MemoryBytes: 768 << 20, Firmware: "uefi", Notes: "the shop", NICs: []vm.NIC{{Network: "LAN"}, {}}}
+	m := vm.Machine{Disks: []vm.Disk{{ID: "scsi0:0", Bus: "scsi"}, {ID: "scsi0:1", Bus: "scsi"}}}
+	x := neutral(DefineOptions{Name: "web02", Machine: &m, Definition: &def, Disks: map[vm.DiskID]string{"scsi0:1": "/d/1", "scsi0:0": "/d/0"}}, "qemu", "")
+	text, err := x.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`<memory unit="KiB">786432</memory>`, `<vcpu>3</vcpu>`, `<description>the shop</description>`, `<os firmware="efi">`,
+		`<feature enabled="no" name="secure-boot">`, `<source file="/d/0">`, `<target dev="sda" bus="sata">`, `<target dev="sdb" bus="sata">`} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %s in\n%s", want, text)
+		}
+	}
+	if down := strings.Count(text, `<link state="down">`); down != 2 {
+		t.Errorf("%d network cards lead nowhere, want 2", down)
+	}
+	if again, err := Describe([]byte(text)); err != nil || again.Firmware != "uefi" || again.Processors != 3 || again.MemoryBytes != 768<<20 || len(again.Disks) != 2 || len(again.NICs) != 2 {
+		t.Errorf("read back: %+v, %v", again, err)
 	}
 }

@@ -41,6 +41,7 @@ type DefineOptions struct {
 	Name        string
 	DomainXML   []byte               // as the restore point keeps it; empty for VMs of other hypervisors
 	Machine     *vm.Machine          // what is known where there is no DomainXML; may be nil
+	Definition  *vm.Definition       // what another hypervisor said of it; may be nil
 	Disks       map[vm.DiskID]string // path of each restored disk
 	DiskFormats map[vm.DiskID]string // "raw", "qcow2", …
 	NVRAM       []byte               // empty for none
