@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"path/filepath"
+	"strings"
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor"
@@ -130,11 +132,34 @@ func (a *app) newHyperV(ctx context.Context, d *hyperv.Driver, from restore.Repo
 	for _, disk := range p.Disks {
 		n.Disks = append(n.Disks, disk.ID)
 	}
+	if def.Hypervisor == "hyperv" && known && o.firmware == "" {
+		if n.Files, err = ownDefinition(ctx, from, p); err != nil {
+			return nil, err
+		}
+	}
 	b, err := d.NewVM(ctx, n)
 	if err != nil {
 		return nil, err // no Building in an interface
 	}
 	return b, nil
+}
+
+// ownDefinition are the files of Hyper-V's own definition of the VM.
+func ownDefinition(ctx context.Context, from restore.Repository, p *point.RestorePoint) (map[string][]byte, error) {
+	files := map[string][]byte{}
+	for name, b := range p.Config {
+		switch strings.ToLower(filepath.Ext(name)) {
+		case ".vmcx", ".vmgs", ".vmrs":
+		default:
+			continue
+		}
+		data, err := from.ReadBlob(ctx, b)
+		if err != nil {
+			return nil, fmt.Errorf("restore %s: file %s: %w", p.Ref(), name, err)
+		}
+		files[name] = data
+	}
+	return files, nil
 }
 
 func (a *app) replaceHyperV(ctx context.Context, d *hyperv.Driver, repoID string, p *point.RestorePoint, dst source, o restoreOptions) (hypervisor.Builder, []vm.DiskID, error) {

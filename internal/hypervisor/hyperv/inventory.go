@@ -123,12 +123,17 @@ func asSettings(o object) settings {
 
 // present is what a VM is now.
 func (c *client) present(ctx context.Context, s system) (settings, error) {
+	return c.state(ctx, s, typeRealized)
+}
+
+// state is what a VM is in that kind of settings, of which it has one.
+func (c *client) state(ctx context.Context, s system, kind string) (settings, error) {
 	list, err := c.query(ctx, associated(s.ref, "Msvm_SettingsDefineState", classSettings))
 	if err != nil {
 		return settings{}, fmt.Errorf("read its settings: %w", err)
 	}
 	for _, o := range list {
-		if o.text("VirtualSystemType") == typeRealized {
+		if o.text("VirtualSystemType") == kind {
 			return asSettings(o), nil
 		}
 	}

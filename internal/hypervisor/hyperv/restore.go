@@ -45,6 +45,9 @@ type NewVMOptions struct {
 	Definition vm.Definition // what it is like; its Disks say where each hangs
 	Known      bool          // the Definition is a hypervisor's and no guess
 	Disks      []vm.DiskID   // that will be written
+	// Files are the host's own definition of a VM of Hyper-V, by name: .vmcx,
+	// .vmgs, .vmrs. Where there is a .vmcx the VM is made by importing it.
+	Files map[string][]byte
 	// Folder is where on the host the VM's own folder is made; "" for where the
 	// host keeps new VMs.
 	Folder      string
@@ -126,7 +129,7 @@ func (d *Driver) NewVM(ctx context.Context, o NewVMOptions) (*Building, error) {
 	}
 	b.done.Name = o.Name
 	m := &making{Building: b, o: o, temporary: prefix + b.id}
-	b.commit, b.finish = m.define, m.start
+	b.commit, b.finish = m.build, m.start
 	b.place = func(id vm.DiskID) (string, error) { return b.folder + `\` + m.file(id), nil }
 	if err = m.plan(); err == nil {
 		err = m.makeFolder(ctx)

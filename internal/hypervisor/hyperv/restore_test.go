@@ -3,6 +3,7 @@ package hyperv
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -201,6 +202,13 @@ func (l *restoreLab) picture() string {
 	machines, err := l.driver().Machines(l.t.Context())
 	if err != nil {
 		l.t.Fatal(err)
+	}
+	planned, err := l.driver().planned(l.t.Context())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, s := range planned {
+		out = append(out, "planned "+s.name)
 	}
 	for _, m := range machines {
 		out = append(out, fmt.Sprintf("%s %s %v", m.Name, m.State, m.Disks))
@@ -513,6 +521,112 @@ func TestNewVMKilled(t *testing.T) {
 			t.Errorf("%s:\nbefore:\n%s\nafter:\n%s", how, before, after)
 		}
 	}
+}
+
+// imported are the options to restore web01 with its own definition, as a
+// backup of it stores that.
+func (l *restoreLab) imported(name string) NewVMOptions {
+	l.t.Helper()
+	s, err := l.driver().Begin(l.t.Context(), "web01", hypervisor.Options{RepoID: ourRepo, Consistency: vm.Crash})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	o := NewVMOptions{Name: name, RepoID: ourRepo, Known: true, Folder: `C:\VMs`, Files: map[string][]byte{}}
+	for _, f := range s.Config() {
+		if f.Name != "vm.json" {
+			o.Files[f.Name] = f.Data
+		} else if err := json.Unmarshal(f.Data, &o.Definition); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	for _, d := range s.Disks() {
+		o.Disks = append(o.Disks, d.Info().ID)
+	}
+	if err := s.Abort(l.t.Context()); err != nil {
+		l.t.Fatal(err)
+	}
+	return o
+}
+
+// A VM of Hyper-V is made of its own definition, in its restored disks and on
+// no network.
+func TestImport(t *testing.T) {
+	l := newRestoreLab(t)
+	o := l.imported("web02")
+	done, err := l.restored(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if done.How != "import" || len(done.Warnings) > 0 || !strings.Contains(strings.Join(done.Notes, " "), "not connected (before: LAN)") {
+		t.Errorf("%+v", done)
+	}
+	now := l.drivesOf("web02")
+	if !maps.Equal(now, map[vm.DiskID]string{"scsi0:0": `C:\VMs\web02\web02-scsi0-0.vhdx`, "scsi0:1": `C:\VMs\web02\web02-scsi0-1.vhdx`}) {
+		t.Errorf("%v", now)
+	}
+	l.wantContent(now["scsi0:1"], content(1))
+	if strings.Contains(l.picture(), "import-") {
+		t.Errorf("what was imported is left:\n%s", l.picture())
+	}
+	d := l.driver()
+	if list, err := d.planned(t.Context()); err != nil || len(list) > 0 {
+		t.Errorf("planned: %v, %v", list, err)
+	}
+	_, list, err := d.systems(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := choose(list, "web02")
+	if err == nil {
+		err = d.setState(t.Context(), s, stateRunning)
+	}
+	if err != nil {
+		t.Error(err)
+	}
+	if _, err := l.restored(t.Context(), o); !errors.Is(err, fault.ErrExists) {
+		t.Errorf("again: %v", err)
+	}
+}
+
+// A definition that the host does not take makes way for ours, and leaves
+// nothing.
+func TestImportRefused(t *testing.T) {
+	l := newRestoreLab(t)
+	for name, spoil := range map[string]func(*NewVMOptions){
+		"damaged": func(o *NewVMOptions) {
+			for name, data := range o.Files {
+				o.Files[name] = data[:len(data)/2]
+			}
+		},
+		"refused": func(*NewVMOptions) {
+			l.host.SetTrouble(func(x *host.Trouble) { x.FailJob = map[string]string{"RealizePlannedSystem": "no"} })
+		},
+		"of other disks": func(o *NewVMOptions) { o.Disks = append(o.Disks, "scsi3:3") },
+	} {
+		o := l.imported("web02")
+		spoil(&o)
+		done, err := l.restored(t.Context(), o)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if done.How != "definition" || len(done.Warnings) != 1 || !strings.Contains(done.Warnings[0], "does not take the VM's own definition") {
+			t.Errorf("%s: %+v", name, done)
+		}
+		if list, err := l.driver().planned(t.Context()); err != nil || len(list) > 0 || strings.Contains(l.picture(), "import-") {
+			t.Errorf("%s: planned %v, %v\n%s", name, list, err, l.picture())
+		}
+		l.takeAway("web02")
+	}
+}
+
+// However far an import gets, nothing of it stays.
+func TestImportUndone(t *testing.T) {
+	l := newRestoreLab(t)
+	o := l.imported("web02")
+	everyRequest(t, l, func(ctx context.Context) error {
+		_, err := l.restored(ctx, o)
+		return err
+	}, func() { l.takeAway("web02") })
 }
 
 // replaced gives web01 other disks as a restore over the original does.

@@ -33,11 +33,12 @@ func (d *Driver) undoRestore(ctx context.Context, run *journal.Run, patience tim
 			// Nobody can say whether it comes yet: the next run looks again.
 		default:
 			var rest *NotEmptyError
-			if errors.As(err, &rest) { // others' files: it is not ours any more
+			var unknown *UnknownImportError
+			if errors.As(err, &rest) || errors.As(err, &unknown) { // what is left is others'
 				errs = append(errs, run.Done(e.Kind, e.Name))
 			}
 			errs = append(errs, fmt.Errorf("%s %s: %w", e.Kind, e.Name, err))
-			if e.Kind == kindNewVM || e.Kind == kindSwap {
+			if (e.Kind == kindNewVM || e.Kind == kindPlanned || e.Kind == kindSwap) && unknown == nil {
 				return errors.Join(errs...) // its disks are in use
 			}
 		}
@@ -69,6 +70,8 @@ func (d *Driver) undoOne(ctx context.Context, e journal.Entry) error {
 	switch e.Kind {
 	case kindNewVM:
 		return d.destroyNew(ctx, e)
+	case kindPlanned:
+		return d.destroyPlanned(ctx, e)
 	case kindSwap:
 		return d.swapBack(ctx, e)
 	case kindFile:

@@ -1,0 +1,385 @@
+package hyperv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor/journal"
+	"github.com/backstay/backstay/internal/vm"
+	"github.com/backstay/backstay/internal/wsman"
+)
+
+// kindPlanned is an imported definition that is no VM yet. Its entry's name is
+// what it is called as soon as it can be.
+const kindPlanned = "planned"
+
+const (
+	classPlanned = "Msvm_PlannedComputerSystem"
+	typePlanned  = "Microsoft:Hyper-V:System:Planned"
+	linkOff      = 3 // EnabledState of a connection
+)
+
+// errImport is the class of what is wrong with a definition, or with what the
+// host makes of it, and not with our way to the host.
+var errImport = errors.New("the VM's own definition does not do")
+
+func plannedRef(guid string) wsman.Ref {
+	return wsman.NewRef(classPlanned, "CreationClassName", classPlanned, "Name", strings.ToUpper(guid))
+}
+
+// definitionFile is the file of a VM's own definition among those of a restore
+// point.
+func definitionFile(files map[string][]byte) (string, bool) {
+	found := ""
+	for name := range files {
+		if strings.EqualFold(filepath.Ext(name), ".vmcx") {
+			if found != "" {
+				return "", false
+			}
+			found = name
+		}
+	}
+	return found, found != ""
+}
+
+// build makes the VM of its own definition, or of ours where the host can't use
+// that one.
+func (m *making) build(ctx context.Context) error {
+	if _, has := definitionFile(m.o.Files); !has {
+		return m.define(ctx)
+	}
+	warnings, notes := len(m.done.Warnings), len(m.done.Notes)
+	err := m.importVM(ctx)
+	if err == nil {
+		m.done.How = "import"
+		m.dropImported(ctx)
+		return m.giveName(ctx)
+	}
+	if !errors.Is(err, errImport) && !hostSaid(err) || ctx.Err() != nil {
+		return err
+	}
+	for _, e := range slices.Backward(m.run.Open()) {
+		if e.Kind != kindPlanned && e.Kind != kindNewVM {
+			continue
+		}
+		if err := m.d.undoOne(ctx, e); err != nil {
+			return fmt.Errorf("take the imported definition back: %w", err)
+		}
+		if err := m.run.Done(e.Kind, e.Name); err != nil {
+			return err
+		}
+	}
+	m.done.Warnings, m.done.Notes = m.done.Warnings[:warnings], m.done.Notes[:notes]
+	m.warn("the host does not take the VM's own definition, so it is made of what the restore point says of it; settings that only Hyper-V has are the usual ones: %v", err)
+	if err := m.define(ctx); err != nil {
+		return err
+	}
+	m.dropImported(ctx)
+	return nil
+}
+
+// importVM makes the VM by importing its own definition.
+func (m *making) importVM(ctx context.Context) error {
+	file, err := m.sendDefinition(ctx)
+	if err != nil {
+		return err
+	}
+	planned, err := m.planSystem(ctx, file)
+	if err != nil {
+		return err
+	}
+	steps := []func(context.Context) error{m.nameImported, m.placeDisks, m.placeNICs}
+	for _, step := range steps {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		if err := step(ctx); err != nil {
+			return err
+		}
+	}
+	// What is wrong with it, the job tells by warnings.
+	if _, err := m.d.do(ctx, familyMsvm, service(classManagement), "ValidatePlannedSystem", wsman.Arg("PlannedSystem", wsman.Of(planned))); err != nil {
+		return err
+	}
+	return m.realize(ctx, planned)
+}
+
+// sendDefinition writes the files of the definition to a folder of their own.
+func (m *making) sendDefinition(ctx context.Context) (string, error) {
+	folder := m.folder + `\import-` + m.id
+	if err := m.run.Note(m.entry(kindFolder, folder)); err != nil {
+		return "", err
+	}
+	if err := m.d.files.mkdir(ctx, folder); err != nil {
+		return "", err
+	}
+	definition, _ := definitionFile(m.o.Files)
+	for name, data := range m.o.Files {
+		path := folder + `\` + plainName(name)
+		if err := m.run.Note(m.entry(kindFile, path)); err != nil {
+			return "", err
+		}
+		out, err := m.d.files.create(ctx, path)
+		if err != nil {
+			return "", err
+		}
+		_, err = out.WriteAt(data, 0)
+		if err == nil {
+			err = out.Sync()
+		}
+		if err = errors.Join(err, out.Close()); err != nil {
+			return "", err
+		}
+	}
+	return folder + `\` + plainName(definition), nil
+}
+
+// dropImported removes the files again, of which the host has made its own.
+// What stays does no harm.
+func (m *making) dropImported(ctx context.Context) {
+	for _, e := range slices.Backward(m.run.Open()) {
+		if strings.HasPrefix(e.Name, m.folder+`\import-`) && m.d.undoOne(ctx, e) == nil {
+			m.run.Done(e.Kind, e.Name)
+		}
+	}
+}
+
+// planSystem imports the definition and finds what came of it.
+func (m *making) planSystem(ctx context.Context, file string) (planned wsman.Ref, err error) {
+	before, err := m.d.planned(ctx)
+	if err != nil {
+		return planned, err
+	}
+	e := m.entry(kindPlanned, m.temporary)
+	e.Data[dataBefore] = strings.Join(guids(before), "\n")
+	if err := m.run.Note(e); err != nil {
+		return planned, err
+	}
+	out, job, err := m.d.start(ctx, familyMsvm, service(classManagement), "ImportSystemDefinition",
+		wsman.Arg("SystemDefinitionFile", wsman.Of(file)), wsman.Arg("SnapshotFolder", wsman.Of("")), wsman.Arg("GenerateNewSystemIdentifier", wsman.Of(true)))
+	if err != nil {
+		return planned, err
+	}
+	if m.sys, err = m.made(ctx, e, "ImportSystemDefinition", out.ref("ImportedSystem"), job, classPlanned); err != nil {
+		return planned, err
+	}
+	planned = m.sys.ref
+	m.now, err = m.d.state(ctx, m.sys, typePlanned)
+	return planned, err
+}
+
+// nameImported gives it the name by which it is known for ours, and a place.
+func (m *making) nameImported(ctx context.Context) error {
+	now, err := m.d.modifySystem(ctx, m.now, func(in *wsman.Instance) {
+		in.Set("ElementName", wsman.Of(m.temporary))
+		for _, root := range []string{"ConfigurationDataRoot", "SnapshotDataRoot", "SwapFileDataRoot", "GuestStateDataRoot"} {
+			in.Set(root, wsman.Of(m.folder))
+		}
+	})
+	if err != nil {
+		return err
+	}
+	if m.now = now; !sameFile(now.text("ConfigurationDataRoot"), m.folder) {
+		return fmt.Errorf("%w: the host keeps it in %s", errImport, now.text("ConfigurationDataRoot"))
+	}
+	return nil
+}
+
+// placeDisks leads each drive to its restored file, and takes out those that
+// have none.
+func (m *making) placeDisks(ctx context.Context) error {
+	have, _, err := m.d.drives(ctx, m.now.ref)
+	if err != nil {
+		return err
+	}
+	var placed []vm.DiskID
+	var drop []wsman.Ref
+	for _, d := range have {
+		file, restored := m.names[d.ID]
+		switch {
+		case restored:
+			if err := m.d.put(ctx, d.setting, file); err != nil {
+				return fmt.Errorf("disk %s: %w", d.ID, err)
+			}
+			placed = append(placed, d.ID)
+		case d.setting != "":
+			drop = append(drop, instance(classDisk, d.setting))
+		}
+	}
+	for id := range m.names {
+		if !slices.Contains(placed, id) {
+			return fmt.Errorf("%w: it has no disk %s", errImport, id)
+		}
+	}
+	media, err := m.settings(ctx, classDisk)
+	if err != nil {
+		return err
+	}
+	for _, o := range media {
+		if o.text("ResourceSubType") != subDisk {
+			drop = append(drop, instance(classDisk, o.text("InstanceID"))) // the medium was not backed up
+		}
+	}
+	if len(drop) == 0 {
+		return nil
+	}
+	_, err = m.d.manage(ctx, "RemoveResourceSettings", wsman.Arg("ResourceSettings", wsman.List(drop...)))
+	return err
+}
+
+// placeNICs connects the network cards to nothing, unless asked, and lets the
+// host give them addresses.
+func (m *making) placeNICs(ctx context.Context) error {
+	links, err := m.settings(ctx, classLink)
+	if err != nil {
+		return err
+	}
+	have := map[string]wsman.Ref{}
+	if m.o.ConnectNICs {
+		if have, err = m.d.switches(ctx); err != nil {
+			return err
+		}
+	}
+	for _, o := range links {
+		name := o.text("LastKnownSwitchName")
+		to, found := have[name]
+		in := wsman.NewInstance(classLink).Set("InstanceID", wsman.Of(o.text("InstanceID")))
+		want := int64(linkOff)
+		if found {
+			want = linkOn
+			in.Set("HostResource", wsman.List(to.String()))
+		} else if m.o.ConnectNICs && name != "" {
+			m.warn("the host has no switch %q: a network card is not connected", name)
+		}
+		if err := m.d.modifyResource(ctx, in.Set("EnabledState", wsman.Of(uint16(want)))); err != nil {
+			return err
+		}
+		back, err := m.d.Get(ctx, instance(classLink, o.text("InstanceID")))
+		if err != nil {
+			return err
+		}
+		if got, _ := (object{back}).number("EnabledState"); got != want {
+			return fmt.Errorf("%w: a network card's connection could not be set", errImport)
+		}
+	}
+	for _, class := range []string{classNIC, classLegacyNIC} {
+		cards, err := m.settings(ctx, class)
+		if err != nil {
+			return err
+		}
+		for _, o := range cards {
+			if m.o.KeepMACs || !o.truth("StaticMacAddress") {
+				continue
+			}
+			if err := m.d.modifyResource(ctx, wsman.NewInstance(class).Set("InstanceID", wsman.Of(o.text("InstanceID"))).Set("StaticMacAddress", wsman.Of(false))); err != nil {
+				return err
+			}
+		}
+	}
+	if len(m.o.Definition.NICs) > 0 {
+		m.noteNICs(m.o.Definition.NICs)
+	}
+	return nil
+}
+
+// realize makes a VM of what was imported; it keeps its GUID.
+func (m *making) realize(ctx context.Context, planned wsman.Ref) error {
+	e := m.entry(kindNewVM, m.temporary)
+	e.Data[dataID] = m.sys.guid
+	if err := m.run.Note(e); err != nil {
+		return err
+	}
+	if _, err := m.d.manage(ctx, "RealizePlannedSystem", wsman.Arg("PlannedSystem", wsman.Of(planned))); err != nil {
+		return err
+	}
+	_, list, err := m.d.systems(ctx)
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(list, func(s system) bool { return s.guid == m.sys.guid || s.name == m.temporary })
+	if i < 0 {
+		return fmt.Errorf("%w: the host realized it, and has no such VM", errImport)
+	}
+	m.sys = list[i]
+	if m.now, err = m.d.present(ctx, m.sys); err != nil {
+		return err
+	}
+	return m.checkDisks(ctx)
+}
+
+// planned are the host's imported definitions that are no VMs yet.
+func (d *Driver) planned(ctx context.Context) (list []system, err error) {
+	all, err := d.query(ctx, "SELECT * FROM "+classPlanned)
+	if errors.Is(err, fault.ErrUnsupported) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list what is being imported: %w", err)
+	}
+	for _, o := range all {
+		if guid, ok := guidOf(o.text("Name")); ok {
+			list = append(list, system{guid: guid, name: o.text("ElementName"), ref: plannedRef(guid)})
+		}
+	}
+	return list, nil
+}
+
+func guids(list []system) (out []string) {
+	for _, s := range list {
+		out = append(out, s.guid)
+	}
+	return out
+}
+
+// destroyPlanned takes back an import: that of the entry's GUID or name, or
+// that which its job made. Others are left alone: another program may be
+// importing, too.
+func (d *Driver) destroyPlanned(ctx context.Context, e journal.Entry) error {
+	guid := e.Data[dataID]
+	if job := parseRef(e.Data[dataJob]); job.Class != "" && guid == "" {
+		waiting, cancel := context.WithTimeout(ctx, d.settleTime)
+		err := d.wait(waiting, "its job", job)
+		over := waiting.Err() != nil
+		cancel()
+		if over {
+			return err
+		}
+		made, err := d.client.made(ctx, job, classPlanned)
+		if err != nil {
+			return err
+		}
+		if len(made) == 1 {
+			guid, _ = guidOf(made[0].Key("Name"))
+		}
+	}
+	list, err := d.planned(ctx)
+	if err != nil {
+		return err
+	}
+	var fresh []string
+	for _, s := range list {
+		if s.guid == guid || s.name == e.Name {
+			return d.destroySystem(ctx, s.ref)
+		}
+		if !slices.Contains(lines(e.Data[dataBefore]), s.guid) {
+			fresh = append(fresh, s.guid)
+		}
+	}
+	if guid == "" && len(fresh) > 0 {
+		return &UnknownImportError{fresh}
+	}
+	return nil
+}
+
+// An UnknownImportError names imported definitions of which nobody can say
+// whose they are.
+type UnknownImportError struct{ GUIDs []string }
+
+func (e *UnknownImportError) Error() string {
+	return "the host does not say what it imported; new since then, no VM, and left alone: " + strings.Join(e.GUIDs, ", ")
+}
