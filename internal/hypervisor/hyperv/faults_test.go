@@ -284,7 +284,7 @@ var faults = map[string]func(at int) func(n int, action string) simwsman.Trouble
 // but the reference point that the journal knows. What nobody can tell to be
 // ours, because the answer was lost that says so, is named.
 func TestFaultAtEveryRequest(t *testing.T) {
-	stride := 13
+	stride := 17
 	switch {
 	case os.Getenv("BACKSTAY_SOAK") != "":
 		stride = 1

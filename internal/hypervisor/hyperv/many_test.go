@@ -37,7 +37,10 @@ func TestManyVMs(t *testing.T) {
 	}
 	var mu sync.Mutex
 	most := map[string]int{}
-	look := func(int, string) simwsman.Trouble {
+	look := func(n int, _ string) simwsman.Trouble {
+		if n%4 != 0 { // it costs as much as the request
+			return simwsman.None
+		}
 		now := map[string]int{}
 		for _, i := range s.host.Instances(cim.Virtualization, classSettings) {
 			if i.Get("VirtualSystemType").String() == typeRecovery {
