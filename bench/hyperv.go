@@ -310,45 +310,6 @@ func eachPart(ctx context.Context, disk hypervisor.Disk, to chan<- extent.Extent
 	return nil
 }
 
-// hypervRestores compares restoring the VM under another name, a disk and a
-// definition, with smbclient's put of the disk's file, near and far.
-func (b *bench) hypervRestores(ctx context.Context, l *hypervLab) error {
-	repo := b.path("hyperv-repo")
-	if err := b.fresh([]string{"hyperv-repo"}, b.exe, "repo", "init", "--quiet", "--repo", repo)(); err != nil {
-		return err
-	}
-	if _, err := b.hypervBackup(ctx, l, repo, false); err != nil {
-		return err
-	}
-	n := 0
-	for _, rtt := range []time.Duration{0, hypervAway} {
-		l.away(rtt)
-		var ours, theirs []time.Duration
-		var peak int64
-		for range b.runs {
-			t, err := b.smbclient(ctx, l, rtt > 0, fmt.Sprintf(`put %s VMs\again.vhdx`, l.file))
-			if err := errors.Join(err, os.Remove(filepath.Join(l.dir, "C", "VMs", "again.vhdx"))); err != nil {
-				return err
-			}
-			theirs = append(theirs, t)
-			n++
-			name := fmt.Sprintf("again%d", n)
-			t, rss, _, err := b.backstay(ctx, l, "restore", hypervVM, "--repo", repo, "--to", l.source(name, rtt > 0), "--folder", `C:\VMs`)
-			if err := errors.Join(err, os.RemoveAll(filepath.Join(l.dir, "C", "VMs", name))); err != nil {
-				return err
-			}
-			ours, peak = append(ours, t), max(peak, rss)
-		}
-		slices.Sort(ours)
-		slices.Sort(theirs)
-		rate := func(t []time.Duration) float64 { return float64(l.data()) / 1e6 / mid(t).Seconds() }
-		fmt.Printf("\nhyperv: restoring %.1f GB of data to a new VM through Samba, encrypted, round trips of %v more (median of %d)\n", float64(l.data())/1e9, rtt, b.runs)
-		fmt.Printf("%-36s %8s %8s %9s\n%-36s %8.0f %8s %9s\n%-36s %8.0f %8.2f %9d\n", "writer", "MB/s", "ratio", "RSS MiB",
-			"smbclient put", rate(theirs), "1.00", "-", "backstay restore, all of it", rate(ours), rate(ours)/rate(theirs), peak>>20)
-	}
-	return nil
-}
-
 // hypervCalls measures a request of WS-Management, and making a connection.
 func (b *bench) hypervCalls(ctx context.Context, l *hypervLab) error {
 	sealed, err := l.serve(true)
