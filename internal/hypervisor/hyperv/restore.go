@@ -242,7 +242,7 @@ func (b *Building) Commit(ctx context.Context) (hypervisor.Built, error) {
 	}
 	// From here on it is there, and nothing takes it away.
 	if err := b.run.Clear(); err != nil {
-		return hypervisor.Built{}, err
+		b.warn("the restore is complete, but its journal could not be removed, and the next run may take it for one that was interrupted: %v", err)
 	}
 	b.finish(ctx)
 	b.lock.Unlock()
@@ -261,6 +261,8 @@ func (b *Building) Abort(ctx context.Context) error {
 		if err = b.restart(ctx); err != nil {
 			err = fmt.Errorf("switch the VM on again: %w", err)
 		}
+	} else if b.restart != nil {
+		err = fmt.Errorf("%w; the VM was switched off for this, and is still off", err)
 	}
 	b.run.Close()
 	b.lock.Unlock()

@@ -163,6 +163,11 @@ func (r *replacing) swap(ctx context.Context) error {
 	if err := r.off(ctx); err != nil {
 		return err
 	}
+	in, err := r.d.Get(ctx, r.sys.ref)
+	if err != nil {
+		return err
+	}
+	changed := stateChanged(object{in})
 	now, _, err := r.d.drives(ctx, r.now.ref)
 	if err != nil {
 		return err
@@ -181,6 +186,10 @@ func (r *replacing) swap(ctx context.Context) error {
 		d := r.drives[id]
 		e := r.entry(kindSwap, d.setting)
 		e.Data[dataID], e.Data[dataOld], e.Data[dataNew] = r.sys.guid, d.Source, r.names[id]
+		e.Data[dataState] = changed
+		if r.restart != nil {
+			e.Data[dataPulled] = "yes"
+		}
 		if err := r.run.Note(e); err != nil {
 			return err
 		}
@@ -228,14 +237,15 @@ func (d *Driver) put(ctx context.Context, setting, file string) error {
 // swapBack undoes a swap, of which nobody knows how far it went.
 func (d *Driver) swapBack(ctx context.Context, e journal.Entry) error {
 	in, err := d.Get(ctx, instance(classDisk, e.Name))
-	if errors.Is(err, fault.ErrNotFound) {
-		return nil // the VM, or that disk of it, is gone
-	}
 	if err != nil {
-		return err
+		return err // also where it is gone: the VM may be on another host, with the restored disk
 	}
-	if got := (object{in}).text("HostResource"); !sameFile(got, e.Data[dataNew]) {
+	switch got := (object{in}).text("HostResource"); {
+	case sameFile(got, e.Data[dataOld]):
 		return nil
+	case !sameFile(got, e.Data[dataNew]):
+		// A checkpoint's, perhaps, whose parent is the restored one.
+		return fmt.Errorf("it is in %s by now, and stays as it is", got)
 	}
 	return d.put(ctx, e.Name, e.Data[dataOld])
 }

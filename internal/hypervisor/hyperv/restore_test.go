@@ -514,6 +514,16 @@ func TestNewVMKilled(t *testing.T) {
 			t.Errorf("%s: another host: %q", how, said)
 		}
 		said := l.driver().reapRestores(t.Context(), "HV01", list, "")
+		if how == "whole" { // it has its name, and people may have begun to use it
+			if len(said) != 1 || !strings.Contains(said[0], "nothing of it is taken back") || !strings.Contains(l.picture(), "web02-scsi0-0.vhdx") {
+				t.Errorf("%s: %q\n%s", how, said, l.picture())
+			}
+			if again := l.driver().reapRestores(t.Context(), "HV01", list, ""); len(again) > 0 {
+				t.Errorf("%s, again: %q", how, again)
+			}
+			l.takeAway("web02")
+			continue
+		}
 		if len(said) != 1 || !strings.Contains(said[0], "took away") {
 			t.Errorf("%s: %q", how, said)
 		}
@@ -757,6 +767,62 @@ func TestReplaceKilled(t *testing.T) {
 	after := l.drivesOf("web01")
 	if !maps.Equal(before, after) || strings.Contains(l.picture(), "-restored-") {
 		t.Errorf("before %v, after %v\n%s", before, after, l.picture())
+	}
+}
+
+// After kill -9 somebody may use the VM with the disks that it has by then. What
+// it wrote since is nowhere else: nothing is swapped back, nothing removed.
+func TestReplaceKilledAndUsed(t *testing.T) {
+	power := func(l *restoreLab, s system, states ...int64) {
+		for _, state := range states {
+			if err := l.driver().setState(t.Context(), s, state); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for what, use := range map[string]func(*restoreLab, system){
+		"it runs": func(l *restoreLab, s system) { power(l, s, stateRunning) },
+		"it ran":  func(l *restoreLab, s system) { power(l, s, stateRunning, stateOff) },
+		"a checkpoint was taken": func(l *restoreLab, s system) {
+			if _, err := l.driver().do(t.Context(), familyMsvm, service(classSnapshots), "CreateSnapshot", wsman.Arg("AffectedSystem", wsman.Of(s.ref)),
+				wsman.Arg("SnapshotSettings", wsman.Of("")), wsman.Arg("SnapshotType", wsman.Of(uint16(2)))); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		l := newRestoreLab(t)
+		b, err := l.driver().Replace(t.Context(), ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0", "scsi0:1"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := writeDisks(t.Context(), b, "scsi0:0", "scsi0:1"); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.commit(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		b.run.Close()
+		b.lock.Unlock()
+		host, list, err := l.driver().systems(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		use(l, list[0])
+		before, restored := l.drivesOf("web01"), b.names
+		for n := range 2 { // said once
+			said := l.driver().reapRestores(t.Context(), host, list, "")
+			if n == 0 && (len(said) != 1 || !strings.Contains(said[0], "nothing of it is taken back")) || n == 1 && len(said) > 0 {
+				t.Errorf("%s: %q", what, said)
+			}
+		}
+		if after := l.drivesOf("web01"); !maps.Equal(before, after) {
+			t.Errorf("%s: before %v, after %v", what, before, after)
+		}
+		for _, file := range restored {
+			if _, err := os.Stat(l.host.Local(file)); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
 	}
 }
 

@@ -235,9 +235,19 @@ func (d *Driver) reapRestore(ctx context.Context, j *journal.Journal, machine, h
 		if len(open) == 0 || open[0].Data[dataHost] != host {
 			continue
 		}
+		why, err := d.inUse(ctx, open)
+		if why != "" {
+			said = append(said, leave(r, open, why))
+			continue
+		}
+		if errors.Is(err, errElsewhere) {
+			continue
+		}
 		var names []string
+		pulled := false
 		for _, e := range open {
 			names = append(names, e.Name)
+			pulled = pulled || e.Data[dataPulled] != ""
 			if e.Kind == kindNewVM && e.Data[dataID] == "" && e.Data[dataJob] == "" {
 				// It had time enough to come since.
 				e.Data[dataLate] = "yes"
@@ -250,7 +260,11 @@ func (d *Driver) reapRestore(ctx context.Context, j *journal.Journal, machine, h
 		if err != nil {
 			said = append(said, fmt.Sprintf("clean up after an interrupted restore: %v", err))
 		} else {
-			said = append(said, "a restore was interrupted; took away what it had made: "+strings.Join(names, ", "))
+			text := "a restore was interrupted; took away what it had made: " + strings.Join(names, ", ")
+			if pulled {
+				text += "; the VM was switched off for it, and is off"
+			}
+			said = append(said, text)
 		}
 		r.Close()
 	}
