@@ -225,6 +225,20 @@ func (m *making) placeDisks(ctx context.Context) error {
 			drop = append(drop, instance(classDisk, o.text("InstanceID"))) // the medium was not backed up
 		}
 	}
+	devices, err := m.settings(ctx, classDevice)
+	if err != nil {
+		return err
+	}
+	for _, o := range devices {
+		// Through these a copy would write to what the original has for itself.
+		switch sub := o.text("ResourceSubType"); {
+		case sub == subFibre:
+			m.warn("the VM's Fibre Channel adapter is left out: through it the new VM would reach the disks of the old one")
+		case sub != subDirect:
+			continue
+		}
+		drop = append(drop, instance(o.Class, o.text("InstanceID")))
+	}
 	if len(drop) == 0 {
 		return nil
 	}

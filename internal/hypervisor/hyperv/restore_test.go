@@ -533,11 +533,14 @@ func TestNewVMKilled(t *testing.T) {
 	}
 }
 
-// imported are the options to restore web01 with its own definition, as a
+// imported are the options to restore web01 with its own definition.
+func (l *restoreLab) imported(name string) NewVMOptions { return l.ownDefinition("web01", name) }
+
+// ownDefinition are the options to restore a VM with its own definition, as a
 // backup of it stores that.
-func (l *restoreLab) imported(name string) NewVMOptions {
+func (l *restoreLab) ownDefinition(of, name string) NewVMOptions {
 	l.t.Helper()
-	s, err := l.driver().Begin(l.t.Context(), "web01", hypervisor.Options{RepoID: ourRepo, Consistency: vm.Crash})
+	s, err := l.driver().Begin(l.t.Context(), of, hypervisor.Options{RepoID: ourRepo, Consistency: vm.Crash})
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -595,6 +598,25 @@ func TestImport(t *testing.T) {
 	}
 	if _, err := l.restored(t.Context(), o); !errors.Is(err, fault.ErrExists) {
 		t.Errorf("again: %v", err)
+	}
+}
+
+// A disk of the host that the original has for itself stays its own: the new VM
+// is made without it.
+func TestImportLeavesPassThrough(t *testing.T) {
+	l := newRestoreLab(t)
+	if _, err := l.host.AddVM(host.Spec{Name: "db01", Off: true, Disks: []host.DiskSpec{{Bytes: 4 << 20}}, PassThrough: 1}); err != nil {
+		t.Fatal(err)
+	}
+	done, err := l.restored(t.Context(), l.ownDefinition("db01", "db02"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now := l.drivesOf("db02"); done.How != "import" || len(now) != 1 || len(done.Warnings) != 1 || !strings.Contains(done.Warnings[0], "scsi0:1 is not in the restore point") {
+		t.Errorf("%+v, disks %v", done, now)
+	}
+	if now := l.drivesOf("db01"); len(now) != 2 {
+		t.Errorf("the original has %v", now)
 	}
 }
 
