@@ -2,6 +2,7 @@ package hyperv
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -107,6 +108,9 @@ func (r parents) Resolve(name string) (image.File, error) {
 
 // from is the full name of what is called name in the file child.
 func from(child, name string) (string, error) {
+	if name == "" {
+		return "", errors.New("it has no name")
+	}
 	if winpath.Full(name) {
 		p, err := winpath.Parse(name)
 		return p.String(), err

@@ -596,6 +596,7 @@ func TestParents(t *testing.T) {
 		`.\base.vhdx`: `C:\VMs\web01\base.vhdx`, `..\gold\base.vhdx`: `C:\VMs\gold\base.vhdx`, `\\?\C:\gold\base.vhdx`: `C:\gold\base.vhdx`,
 		`D:\x.vhdx`: `D:\x.vhdx`, `\\fs\gold\x.vhdx`: `\\fs\gold\x.vhdx`,
 		`..\..\..\x.vhdx`: "", `\x.vhdx`: "", `C:x.vhdx`: "", `.\x.vhdx:stream`: "", `\\.\PhysicalDrive0`: "", `.\NUL`: "",
+		``: "", `.\CON.vhdx`: "", `json:{}`: "", "base.vhdx\x00": "", `/etc/passwd`: "", `\\?\GLOBALROOT\Device\x`: "",
 	} {
 		got, err := from(child, name)
 		if got != want || (err == nil) != (want != "") {
