@@ -96,7 +96,17 @@ func (a *app) restoreHyperV(ctx context.Context, from restore.Repository, repoID
 		return err
 	}
 	defer d.Close()
-	how := restore.BuildOptions{Options: opts, Prove: o.inPlace}
+	how := restore.BuildOptions{Options: opts, Prove: o.inPlace, Sectors: map[vm.DiskID]int{}}
+	def, _, err := definitionOf(ctx, from, p)
+	if err != nil && !o.inPlace {
+		return err
+	}
+	if err != nil {
+		a.say("warning: the disks get sectors of 512 bytes, as what they had can't be read: %v", err)
+	}
+	for _, p := range def.Disks {
+		how.Sectors[p.ID] = p.SectorBytes
+	}
 	var b hypervisor.Builder
 	if o.inPlace {
 		b, how.Disks, err = a.replaceHyperV(ctx, d, repoID, p, dst, o)

@@ -20,6 +20,9 @@ type BuildOptions struct {
 	Options // the format is VHDX; Variant "dynamic" or "fixed"
 	// Disks are those to restore; all of the restore point if it is empty.
 	Disks []vm.DiskID
+	// Sectors is how many bytes a sector of a disk has, 512 where it says
+	// nothing. A guest finds nothing on a disk whose sectors have another size.
+	Sectors map[vm.DiskID]int
 	// Prove reads every disk back from the host before the Builder commits, and
 	// compares it with the repository.
 	Prove bool
@@ -156,7 +159,7 @@ func (o BuildOptions) send(ctx context.Context, b hypervisor.Builder, w *build, 
 	if err != nil {
 		return err
 	}
-	img, err := vhdx.NewWriter(out, image.CreateOptions{VirtualBytes: w.src.Size(), Variant: o.Variant, BlockBytes: blockBytes(w.src.Size())})
+	img, err := vhdx.NewWriter(out, image.CreateOptions{VirtualBytes: w.src.Size(), Variant: o.Variant, BlockBytes: blockBytes(w.src.Size()), SectorBytes: o.Sectors[w.disk.ID]})
 	if err != nil {
 		return errors.Join(err, out.Close())
 	}

@@ -25,8 +25,12 @@ type Definition struct {
 // A DiskPlace is a disk and where it hangs; all of the VM's, also those that
 // are not in the restore point.
 type DiskPlace struct {
-	ID         DiskID `json:"id"`
-	SizeBytes  int64  `json:"size_bytes,omitempty"`
+	ID        DiskID `json:"id"`
+	SizeBytes int64  `json:"size_bytes,omitempty"`
+	// SectorBytes is what the guest sees as a sector, if that is not 512 bytes:
+	// its partition table counts in them.
+	SectorBytes int `json:"sector_bytes,omitempty"`
+
 	Bus        string `json:"bus,omitempty"` // "scsi", "ide", …
 	Controller int    `json:"controller"`    // of the bus, from 0
 	Slot       int    `json:"slot"`          // of the controller, from 0

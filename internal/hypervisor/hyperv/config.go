@@ -78,6 +78,11 @@ func (b *beginning) definition(ctx context.Context) vm.Definition {
 	}
 	for _, d := range b.machine.Disks {
 		p := vm.DiskPlace{ID: d.ID, SizeBytes: d.SizeBytes, Bus: d.Bus, Source: d.Source}
+		for _, o := range b.disks {
+			if n := o.img.Info().SectorBytes; o.info.ID == d.ID && n != 512 {
+				p.SectorBytes = n
+			}
+		}
 		fmt.Sscanf(strings.TrimPrefix(string(d.ID), d.Bus), "%d:%d", &p.Controller, &p.Slot)
 		def.Disks = append(def.Disks, p)
 	}

@@ -620,6 +620,19 @@ func TestImportLeavesPassThrough(t *testing.T) {
 	}
 }
 
+// What size a disk's sectors have is in the description, or the guest would not
+// find its partitions on the restored one.
+func TestDefinitionKnowsSectors(t *testing.T) {
+	l := newRestoreLab(t)
+	if _, err := l.host.AddVM(host.Spec{Name: "db01", Off: true, Disks: []host.DiskSpec{{Bytes: 4 << 20}, {Bytes: 4 << 20, SectorBytes: 4096}}}); err != nil {
+		t.Fatal(err)
+	}
+	disks := l.ownDefinition("db01", "db02").Definition.Disks
+	if len(disks) != 2 || disks[0].SectorBytes != 0 || disks[1].SectorBytes != 4096 {
+		t.Errorf("%+v", disks)
+	}
+}
+
 // A definition that the host does not take makes way for ours, and leaves
 // nothing.
 func TestImportRefused(t *testing.T) {
