@@ -37,6 +37,8 @@ func (d *Driver) settleRun(ctx context.Context, s system, r *journal.Run, prefix
 		switch {
 		case e.Data[dataType] != typeRecovery:
 			what, one = t.drop(ctx, e) // it can't be converted
+		case e.Data[dataRepo] == rehearsal:
+			what, one = t.unrehearse(ctx, e) // there is no restore point of it
 		case e.Data[dataDurable] != "" || e.Data[dataRepo] != prefix || durable(e.Name):
 			what, one = t.convert(ctx, e)
 		default:
@@ -68,6 +70,12 @@ func (b *beginning) reap(ctx context.Context) error {
 			}
 			b.warn("clean up after an interrupted run: %v", err)
 		}
+	}
+	if err := b.d.dropReferences(ctx, b.journal, b.sys, rehearsal, ""); err != nil {
+		if ctx.Err() != nil {
+			return err
+		}
+		b.warn("clean up after an interrupted recording: %v", err)
 	}
 	return nil
 }

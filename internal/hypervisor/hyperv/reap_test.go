@@ -308,3 +308,78 @@ func TestReferencePointsOfALostJournal(t *testing.T) {
 	}
 	wantLeft(t, h, 0, 2)
 }
+
+// asRehearsal makes the checkpoint of a session, which is killed, one that an
+// interrupted recording left.
+func asRehearsal(t *testing.T, s hypervisor.Session, change func(map[string]string)) {
+	t.Helper()
+	our := s.(*session)
+	e := our.entry
+	e.Data = maps.Clone(e.Data)
+	e.Data[dataRepo] = rehearsal
+	change(e.Data)
+	if err := our.run.Note(e); err != nil {
+		t.Fatal(err)
+	}
+	kill(s)
+}
+
+// What an interrupted recording left goes with the VM's next backup, and
+// becomes no reference point that nobody drops.
+func TestReapOfARecording(t *testing.T) {
+	h := newFakeHost(t)
+	d := h.driver(imagetest.MemoryDir(t), Options{})
+	asRehearsal(t, mustBegin(t, d, hypervisor.Options{}), func(map[string]string) {})
+	s := mustBegin(t, d, hypervisor.Options{})
+	wantLeft(t, h, 1, 0)
+	mustAbort(t, s)
+	wantLeft(t, h, 0, 0)
+	wantEntries(t, d, 0, 0)
+
+	// It died while its checkpoint became a reference point.
+	s = mustBegin(t, d, hypervisor.Options{})
+	asRehearsal(t, s, func(data map[string]string) { data[dataRefBefore] = "" })
+	mustAbort(t, mustBegin(t, d, hypervisor.Options{}))
+	wantLeft(t, h, 0, 0)
+	wantEntries(t, d, 0, 0)
+}
+
+// The next recording takes away what is surely a dead one's, and nothing else,
+// by whatever name the host is called now.
+func TestRecordingAfterADeadOne(t *testing.T) {
+	for name, theirs := range map[string]bool{"ours": false, "another product's": true} {
+		t.Run(name, func(t *testing.T) {
+			h := newFakeHost(t)
+			h.rows = false
+			d := h.driver(imagetest.MemoryDir(t), Options{})
+			asRehearsal(t, mustBegin(t, d, hypervisor.Options{}), func(data map[string]string) {
+				if theirs {
+					delete(data, dataID)
+				}
+			})
+			if theirs {
+				h.snapshots[0].id, h.snapshots[0].name = "Microsoft:THEIRS", "another product's"
+			}
+			d.host = &url.URL{Scheme: "hyperv", Host: "192.0.2.7"}
+			at, err := d.find(t.Context(), "web01")
+			if err != nil {
+				t.Fatal(err)
+			}
+			j, err := d.openJournal()
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = d.clearRehearsals(t.Context(), j, at.sys, "")
+			var unknown *UnknownError
+			if errors.As(err, &unknown) != theirs || err != nil && !theirs {
+				t.Errorf("%v", err)
+			}
+			if theirs {
+				wantLeft(t, h, 1, 0)
+				return
+			}
+			wantLeft(t, h, 0, 0)
+			wantEntries(t, d, 0, 0)
+		})
+	}
+}

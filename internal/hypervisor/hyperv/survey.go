@@ -214,9 +214,9 @@ func unanswered(err error) bool {
 		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
-// rehearsal is whose checkpoints are called that Rehearse makes, in place of a
-// repository's.
-const rehearsal = "recorder"
+// rehearsal begins the names of checkpoints that Rehearse makes, in place of a
+// repository's prefix.
+const rehearsal = "backstay-recorder-"
 
 // Rehearse makes what a backup makes on a host, and takes it away again: a
 // checkpoint that becomes a reference point, a second one that is destroyed,
@@ -224,10 +224,6 @@ const rehearsal = "recorder"
 // and what an interrupted rehearsal of this VM left goes first.
 func (d *Driver) Rehearse(ctx context.Context, name string, step func(string)) (err error) {
 	step(StepCycle)
-	prefix, err := repoPrefix(rehearsal)
-	if err != nil {
-		return err
-	}
 	_, list, err := d.systems(ctx)
 	if err != nil {
 		return err
@@ -245,23 +241,23 @@ func (d *Driver) Rehearse(ctx context.Context, name string, step func(string)) (
 	if err != nil {
 		return err
 	}
-	if err := d.clearRehearsals(ctx, j, s, prefix); err != nil {
+	if err := d.clearRehearsals(ctx, j, s, ""); err != nil {
 		return err
 	}
-	defer func() {
-		// What was begun is taken away whatever happened.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTime)
-		defer cancel()
-		if e := d.clearRehearsals(ctx, j, s, prefix); e != nil {
-			err = errors.Join(err, fmt.Errorf("left on the host: %w; record again to clean up", e))
-		}
-	}()
 	run, err := j.Begin(s.guid, newRun())
 	if err != nil {
 		return err
 	}
 	defer run.Close()
-	if err := d.rehearse(ctx, d.target(s, prefix, run)); err != nil {
+	defer func() {
+		// What was begun is taken away whatever happened.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTime)
+		defer cancel()
+		if e := d.clearRehearsals(ctx, j, s, run.ID); e != nil {
+			err = errors.Join(err, fmt.Errorf("left on the host: %w; record again to clean up", e))
+		}
+	}()
+	if err := d.rehearse(ctx, d.target(s, rehearsal, run)); err != nil {
 		return fmt.Errorf("VM %q: %w", name, err)
 	}
 	return nil
@@ -272,9 +268,7 @@ func (d *Driver) rehearse(ctx context.Context, t *target) error {
 	if d.guest(ctx, t.system).best == vm.GradeCrash {
 		level = levelCrash
 	}
-	entry := func() journal.Entry {
-		return journal.Entry{Kind: kindCheckpoint, Name: newRun(), Data: map[string]string{dataHost: d.hostKey(), dataRepo: t.prefix}}
-	}
+	entry := func() journal.Entry { return d.entry(kindCheckpoint, newRun(), t.prefix) }
 	first := entry()
 	frozen, _, err := t.checkpoint(ctx, first, level)
 	if err != nil {
@@ -330,21 +324,40 @@ func (d *Driver) rehearse(ctx context.Context, t *target) error {
 	return err
 }
 
-// clearRehearsals takes away what rehearsals left of a VM.
-func (d *Driver) clearRehearsals(ctx context.Context, j *journal.Journal, s system, prefix string) error {
+// clearRehearsals takes away what rehearsals left of a VM. Of all but live, the
+// run that goes on, it takes only what is surely theirs.
+func (d *Driver) clearRehearsals(ctx context.Context, j *journal.Journal, s system, live string) error {
 	runs, err := j.Runs(s.guid)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, r := range runs {
+		t := d.target(s, rehearsal, r)
+		t.reaping = r.ID != live
 		for _, e := range r.Open() {
-			if e.Kind == kindCheckpoint && e.Data[dataRepo] == prefix && e.Data[dataHost] == d.hostKey() {
-				_, err := d.target(s, prefix, r).drop(ctx, e)
-				errs = append(errs, err)
+			if e.Kind != kindCheckpoint || e.Data[dataRepo] != rehearsal {
+				continue
 			}
+			if !d.made(e) && !d.sameCluster(ctx, e) {
+				if here, err := t.has(ctx, e); !here {
+					errs = append(errs, err)
+					continue
+				}
+			}
+			_, err := t.unrehearse(ctx, e)
+			errs = append(errs, err)
 		}
 		r.Close()
 	}
-	return errors.Join(append(errs, d.dropReferences(ctx, j, s, prefix, ""))...)
+	return errors.Join(append(errs, d.dropReferences(ctx, j, s, rehearsal, ""))...)
+}
+
+// unrehearse destroys the checkpoint of a rehearsal's entry. One that may have
+// become a reference point already is made one, for dropReferences to destroy.
+func (t *target) unrehearse(ctx context.Context, e journal.Entry) (what string, err error) {
+	if _, begun := e.Data[dataRefBefore]; begun {
+		return t.convert(ctx, e)
+	}
+	return t.drop(ctx, e)
 }
