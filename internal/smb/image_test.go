@@ -52,10 +52,6 @@ func hosted(t *testing.T, c *smb.Client, name string) image.Image {
 	if err := shares.Add(`C:\VMs=` + smbtest.Share); err != nil {
 		t.Fatal(err)
 	}
-	dir, err := winpath.Parse(`C:\VMs`)
-	if err != nil {
-		t.Fatal(err)
-	}
 	find := func(p winpath.Path) (image.File, error) {
 		at, err := shares.Find(p)
 		if err != nil {
@@ -75,13 +71,36 @@ func hosted(t *testing.T, c *smb.Client, name string) image.Image {
 	if err != nil {
 		t.Fatal(err)
 	}
-	img, err := open.Hosted(f, open.HostResolver{Dirs: []winpath.Path{dir}, Open: find})
+	img, err := vhdx.Open(f, image.Parents(f, beside{find: find}, func(f image.File, _ image.Format, parent image.OpenParent) (image.Image, error) {
+		return vhdx.Open(f, parent)
+	}))
 	if err != nil {
 		f.Close()
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { img.Close() })
 	return img
+}
+
+// beside finds parents by the names that the files of a chain have on the host.
+type beside struct {
+	find  func(winpath.Path) (image.File, error)
+	child string
+}
+
+func (b beside) From(child image.File) image.Resolver { return beside{b.find, child.Name()} }
+
+func (b beside) Resolve(name string) (image.File, error) {
+	p, err := winpath.Parse(name)
+	if !winpath.Full(name) {
+		if p, err = winpath.Parse(b.child); err == nil {
+			p, err = p.Dir().Join(name)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return b.find(p)
 }
 
 // local opens the same as the host would.
