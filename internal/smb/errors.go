@@ -15,6 +15,10 @@ import (
 // was replaced or written to while the connection was gone.
 var ErrChanged = errors.New("the file is not the one that was opened")
 
+// ErrNotEmpty says that a directory holds something, be it empty directories,
+// and can't be removed.
+var ErrNotEmpty = errors.New("the directory is not empty")
+
 // An Error says what could not be done with which file.
 type Error struct {
 	Op     string // "read", "create"
@@ -80,7 +84,7 @@ var statuses = map[uint32]status{
 	0xC0000056: {fault.ErrNotFound, "it is being deleted", false},
 	0xC0000103: {fault.ErrNotFound, "not a directory", false},
 	0xC00000BA: {nil, "it is a directory", false},
-	0xC0000101: {nil, "the directory is not empty", false},
+	0xC0000101: {ErrNotEmpty, "the host keeps it", false},
 
 	0xC0000043: {fault.ErrLocked, "another program has it open and shares it with nobody", false},
 	0xC0000054: {fault.ErrLocked, "another program has locked that range", false},

@@ -355,6 +355,29 @@ func TestNewVM(t *testing.T) {
 	}
 }
 
+// A folder in which somebody made another is not ours any more: it is named
+// once, and no later run comes back to it.
+func TestFolderOfOthersStays(t *testing.T) {
+	l := newRestoreLab(t)
+	b, err := l.driver().NewVM(t.Context(), newOptions("web02"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(l.host.Local(`C:\VMs\web02\UndoLog Configuration`), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Abort(t.Context()); !errors.As(err, new(*NotEmptyError)) {
+		t.Errorf("abort: %v", err)
+	}
+	host, list, err := l.driver().systems(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if said := l.driver().reapRestores(t.Context(), host, list, ""); len(said) > 0 {
+		t.Errorf("the next run: %q", said)
+	}
+}
+
 // A VM of that name is not made twice, by whoever.
 func TestNewVMNameTaken(t *testing.T) {
 	l := newRestoreLab(t)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor/journal"
+	"github.com/backstay/backstay/internal/smb"
 	"github.com/backstay/backstay/internal/wsman"
 )
 
@@ -137,7 +138,7 @@ func (d *Driver) destroySystem(ctx context.Context, ref wsman.Ref) error {
 type NotEmptyError struct{ Folder string }
 
 func (e *NotEmptyError) Error() string {
-	return fmt.Sprintf("folder %s stays: there are files in it that are not ours", e.Folder)
+	return fmt.Sprintf("folder %s stays: there is something in it that is not ours", e.Folder)
 }
 
 // Folders that a host makes in a VM's, and the files that it may leave there.
@@ -190,6 +191,9 @@ func (d *Driver) removeEmpty(ctx context.Context, folder string) error {
 	err := missingIsFine(d.files.remove(ctx, folder))
 	if err == nil {
 		return nil
+	}
+	if errors.Is(err, smb.ErrNotEmpty) { // also where it holds only folders, which are not listed
+		return &NotEmptyError{folder}
 	}
 	if names, e := d.files.list(ctx, folder); e == nil && len(names) > 0 {
 		return &NotEmptyError{folder}

@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/imagetest"
 	"github.com/backstay/backstay/internal/secret"
+	"github.com/backstay/backstay/internal/smb"
 	"github.com/backstay/backstay/internal/wsman"
 	sim "github.com/backstay/backstay/sim/hyperv"
 	"github.com/backstay/backstay/sim/hyperv/host"
@@ -78,7 +80,9 @@ func (f simFiles) open(_ context.Context, name string) (image.File, error) {
 func (f simFiles) list(_ context.Context, folder string) (names []string, err error) {
 	all, err := os.ReadDir(f.h.Local(folder))
 	for _, e := range all {
-		names = append(names, e.Name())
+		if !e.IsDir() {
+			names = append(names, e.Name())
+		}
 	}
 	return names, classified(err)
 }
@@ -135,6 +139,8 @@ func classified(err error) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("%w: %w", fault.ErrNotFound, err)
+	case errors.Is(err, syscall.ENOTEMPTY):
+		return fmt.Errorf("%w: %w", smb.ErrNotEmpty, err)
 	case errors.Is(err, os.ErrExist):
 		return fmt.Errorf("%w: %w", fault.ErrExists, err)
 	}
