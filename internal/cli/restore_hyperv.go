@@ -174,6 +174,9 @@ func ownDefinition(ctx context.Context, from restore.Repository, p *point.Restor
 
 func (a *app) replaceHyperV(ctx context.Context, d *hyperv.Driver, repoID string, p *point.RestorePoint, dst source, o restoreOptions) (hypervisor.Builder, []vm.DiskID, error) {
 	r := hyperv.ReplaceOptions{VM: dst.vm, RepoID: repoID, PowerOff: o.powerOff, Start: o.start, RemoveOld: o.removeOld}
+	if p.Machine.Hypervisor == "hyperv" {
+		r.Of = p.Machine.UUID
+	}
 	for _, disk := range p.Disks {
 		r.Disks = append(r.Disks, disk.ID)
 	}
@@ -215,7 +218,7 @@ func restoreVMHint(err error) error {
 	case errors.Is(err, fault.ErrExists):
 		return withHint(err, "choose another name: a restore never replaces a VM. --in-place gives one that is there its disks back")
 	case errors.Is(err, fault.ErrNoSpace):
-		return withHint(err, `free space on that volume of the host, or choose another with --folder 'D:\VMs'; nothing half-made is left`)
+		return withHint(err, `free space on that volume of the host; a new VM may lie on another: --folder 'D:\VMs'`)
 	}
 	return err
 }

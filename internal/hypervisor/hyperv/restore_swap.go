@@ -28,6 +28,9 @@ type ReplaceOptions struct {
 	// RemoveOld removes the files that the disks were in, once the VM has the
 	// restored ones.
 	RemoveOld bool
+	// Of is the GUID of the VM that the restore point is of; empty if it is of
+	// no VM of Hyper-V.
+	Of string
 }
 
 // ErrRunning says that a VM has to be off for what was asked.
@@ -79,6 +82,13 @@ func (r *replacing) look(ctx context.Context) (err error) {
 	}
 	if r.sys.state != stateOff && !(r.o.PowerOff && r.sys.state == stateRunning) {
 		return fmt.Errorf("%w: it is %s", ErrRunning, stateName(r.sys.state))
+	}
+	if r.o.Of != "" && !strings.EqualFold(r.o.Of, r.sys.guid) {
+		// All VMs have a disk scsi0:0: it may be a slip.
+		if r.o.RemoveOld {
+			return fmt.Errorf("the restore point is of another VM (%s), so that its own disks are not removed: %w", r.o.Of, fault.ErrUnsupported)
+		}
+		r.warn("the restore point is of another VM (%s)", r.o.Of)
 	}
 	if err := r.noCheckpoints(ctx); err != nil {
 		return err

@@ -768,6 +768,21 @@ func TestReplace(t *testing.T) {
 	}
 }
 
+// Disks of another VM are given to one that is named for it, and cost it nothing
+// of its own.
+func TestReplaceByAnother(t *testing.T) {
+	l := newRestoreLab(t)
+	o := ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0"}, Of: "00000000-1111-2222-3333-444444444444", RemoveOld: true}
+	if _, err := l.replaced(t.Context(), o); !errors.Is(err, fault.ErrUnsupported) {
+		t.Errorf("removing its own: %v", err)
+	}
+	o.RemoveOld = false
+	done, err := l.replaced(t.Context(), o)
+	if err != nil || len(done.Warnings) != 1 || !strings.Contains(done.Warnings[0], "another VM") {
+		t.Errorf("%+v, %v", done, err)
+	}
+}
+
 // A swap that does not succeed with all disks is undone: the VM has its own
 // again, and runs if it ran.
 func TestReplaceUndone(t *testing.T) {
