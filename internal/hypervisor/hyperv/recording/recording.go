@@ -137,7 +137,7 @@ type Recording struct {
 }
 
 // sanitise takes the exchanges over. What to replace is gathered first, and
-// numbered in the order of the originals: whoever sorts them gets the same.
+// numbered: whoever sorts what has an order gets the same.
 func (c *Recording) sanitise(s *sanitiser, all []Exchange, vm string) {
 	for _, x := range all {
 		s.envelope(x.Request)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -98,6 +99,7 @@ func Kinds() []string { return []string{kindText, kindWord, kindGUID, kindMAC, k
 // all that there is: before number it gathers, after it replaces.
 type sanitiser struct {
 	pseudonyms map[string]map[string]string // kind, original in lower case
+	figures    []string                     // the originals of kindNumber, as they came
 	stayed     map[string]bool              // words and versions
 }
 
@@ -109,14 +111,15 @@ func newSanitiser() *sanitiser {
 	return s
 }
 
-// number gives each original its pseudonym.
+// number gives each original its pseudonym, in the order of the originals: who
+// sorts what a host says asks in that order. Nobody sorts unknown numbers, whose
+// order would tell about how large they are: they go as they came.
 func (s *sanitiser) number() {
 	for kind, all := range s.pseudonyms {
-		var originals []string
-		for o := range all {
-			originals = append(originals, o)
+		originals := s.figures
+		if kind != kindNumber {
+			originals = slices.Sorted(maps.Keys(all))
 		}
-		slices.Sort(originals)
 		for n, o := range originals {
 			all[o] = fmt.Sprintf(forms[kind], n+1)
 		}
@@ -138,7 +141,10 @@ func (s *sanitiser) replace(kind, original string) string {
 	if kind == kindText {
 		key = original
 	}
-	p := s.pseudonyms[kind][key]
+	p, known := s.pseudonyms[kind][key]
+	if !known && kind == kindNumber {
+		s.figures = append(s.figures, key)
+	}
 	s.pseudonyms[kind][key] = p
 	return p
 }

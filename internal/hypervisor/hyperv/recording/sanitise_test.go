@@ -64,7 +64,7 @@ func TestWhatStaysAndWhatGoes(t *testing.T) {
 		{"a share", `<p:HostResource>\\fs.acme.example\vms$\a.vhdx</p:HostResource>`, `<p:HostResource>\\word00004.word00002.word00003\word00005$\word00001.vhdx</p:HostResource>`},
 		{"an object path", `<p:Parent>\\HV7\root\virtualization\v2:Msvm_ResourcePool.InstanceID="Microsoft:Definition\\ABCDEF00-0000-1111-2222-333344445555\\Default"</p:Parent>`,
 			`<p:Parent>\\word00001\root\virtualization\v2:Msvm_ResourcePool.InstanceID=&#34;Microsoft:Definition\\00000002-0000-4000-8000-000000000000\\Default&#34;</p:Parent>`},
-		{"an address of IPv4 and of IPv6", `<p:X>10.20.0.5 fe80::1c2:ab</p:X>`, `<p:X>9000002.9000003.9000001.9000004 word00003::word00001:word00002</p:X>`},
+		{"an address of IPv4 and of IPv6", `<p:X>10.20.0.5 fe80::1c2:ab</p:X>`, `<p:X>9000001.9000002.9000003.9000004 word00003::word00001:word00002</p:X>`},
 		{"a hardware address", `<p:Address>00155D01AB02</p:Address>`, `<p:Address>020000000001</p:Address>`},
 		{"a slot", `<p:AddressOnParent>1</p:AddressOnParent>`, `<p:AddressOnParent>1</p:AddressOnParent>`},
 		{"a serial number of single letters", `<p:BIOSSerialNumber>A-C-M-E 1 2 3</p:BIOSSerialNumber>`, `<p:BIOSSerialNumber>word00001-word00002-word00004-word00003 9000001 9000002 9000003</p:BIOSSerialNumber>`},
@@ -99,6 +99,15 @@ func TestWhatStaysAndWhatGoes(t *testing.T) {
 func TestPseudonymsKeepOrderAndIdentity(t *testing.T) {
 	got := sanitised(t, answer(`<p:X>zeta</p:X>`), answer(`<p:X>ALPHA</p:X>`), answer(`<p:X>\alpha\mid</p:X>`))
 	want := []string{`<p:X>word00003</p:X>`, `<p:X>word00001</p:X>`, `<p:X>\word00001\word00002</p:X>`}
+	if strings.Join(got, "") != strings.Join(want, "") {
+		t.Errorf("%q", got)
+	}
+}
+
+// What number a number gets says when it came, and nothing of how large it is.
+func TestNumbersKeepNoOrder(t *testing.T) {
+	got := sanitised(t, answer(`<p:X>443</p:X>`), answer(`<p:X>8</p:X><p:Y>web-9</p:Y>`), answer(`<p:X>10.443.8</p:X>`))
+	want := []string{`<p:X>9000001</p:X>`, `<p:X>9000002</p:X><p:Y>word00001-9000003</p:Y>`, `<p:X>9000004.9000001.9000002</p:X>`}
 	if strings.Join(got, "") != strings.Join(want, "") {
 		t.Errorf("%q", got)
 	}
