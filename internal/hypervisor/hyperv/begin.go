@@ -229,11 +229,15 @@ func (b *beginning) session(ctx context.Context, list []system) (s *session, err
 	if b.now, err = d.present(ctx, b.sys); err != nil {
 		return nil, err
 	}
-	before, fibre, err := d.drives(ctx, b.now.ref)
+	before, err := d.drives(ctx, b.now.ref)
 	if err != nil {
 		return nil, err
 	}
-	if fibre {
+	fibres, err := d.fibres(ctx, b.now.ref)
+	if err != nil {
+		return nil, err
+	}
+	if len(fibres) > 0 {
 		b.warn("the VM has a Fibre Channel adapter of its own; what it reaches by it is not in the restore point")
 	}
 	var volumes []string
@@ -419,7 +423,7 @@ func (b *beginning) save(ctx context.Context, why string) error {
 // open opens the disks of the checkpoint and plans how to read each. before are
 // those of the VM: what of them the checkpoint left out is named.
 func (b *beginning) open(ctx context.Context, before []drive) error {
-	frozen, _, err := b.d.drives(ctx, b.frozen.ref)
+	frozen, err := b.d.drives(ctx, b.frozen.ref)
 	if err != nil {
 		return err
 	}

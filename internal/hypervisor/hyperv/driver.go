@@ -161,7 +161,7 @@ func (d *Driver) machine(ctx context.Context, host string, s system) (vm.Machine
 	if err != nil {
 		return m, err
 	}
-	drives, _, err := d.drives(ctx, now.ref)
+	drives, err := d.drives(ctx, now.ref)
 	if err != nil {
 		return m, err
 	}

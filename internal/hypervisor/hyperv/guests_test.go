@@ -67,7 +67,7 @@ func TestDisksOfEveryKind(t *testing.T) {
 	}
 	s := newSite(t)
 	const name, bytes = "kinds", 4 << 20
-	_, err := s.host.AddVM(host.Spec{Name: name, PassThrough: 1, Disks: []host.DiskSpec{
+	_, err := s.host.AddVM(host.Spec{Name: name, PassThrough: 1, Fibre: true, Disks: []host.DiskSpec{
 		{Bytes: bytes}, {Bytes: bytes, SectorBytes: 4096}, {Bytes: bytes, Path: `C:\VMs\kinds\old.vhd`}, {Bytes: bytes, Path: `C:\VMs\kinds\shared.vhds`, Set: true}, {Bytes: bytes, Fixed: true},
 	}})
 	if err != nil {
@@ -93,6 +93,9 @@ func TestDisksOfEveryKind(t *testing.T) {
 		}
 		if len(res.Point.Unprotected) != 2 || !strings.Contains(unprotected, "VHD set") || !strings.Contains(unprotected, "passed through") {
 			t.Errorf("not protected: %q", unprotected)
+		}
+		if !strings.Contains(strings.Join(res.Warnings, "\n"), "Fibre Channel adapter of its own") {
+			t.Errorf("warnings: %q", res.Warnings)
 		}
 		if len(res.Point.Disks) != len(kinds) {
 			t.Errorf("%d disks, want %d", len(res.Point.Disks), len(kinds))

@@ -170,7 +170,6 @@ const (
 	typeSCSI  = 6
 	subDisk   = "Microsoft:Hyper-V:Virtual Hard Disk"
 	subDirect = "Microsoft:Hyper-V:Physical Disk Drive"
-	subFibre  = "Microsoft:Hyper-V:Synthetic FibreChannel Port"
 )
 
 // A drive is a disk as a VM's settings have it.
@@ -180,19 +179,31 @@ type drive struct {
 	setting string // InstanceID of its setting
 }
 
-// drives reads the disks of one state of a VM, without their sizes. fibre says
-// that it reaches further ones by a Fibre Channel of its own, unseen.
-func (c *client) drives(ctx context.Context, of wsman.Ref) (list []drive, fibre bool, err error) {
+// drives reads the disks of one state of a VM, without their sizes.
+func (c *client) drives(ctx context.Context, of wsman.Ref) ([]drive, error) {
 	storage, err := c.storage(ctx, of)
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	devices, err := c.query(ctx, associated(of, classComponent, "Msvm_ResourceAllocationSettingData"))
 	if err != nil {
-		return nil, false, fmt.Errorf("list its controllers: %w", err)
+		return nil, fmt.Errorf("list its controllers: %w", err)
 	}
-	list, fibre = arrange(storage, devices)
-	return list, fibre, nil
+	return arrange(storage, devices), nil
+}
+
+// fibres are a VM's Fibre Channel adapters, by which it reaches disks that
+// nobody else sees. Their class stands beside that of other devices, which
+// therefore never lists them. A host that knows no such class has none.
+func (c *client) fibres(ctx context.Context, of wsman.Ref) ([]object, error) {
+	list, err := c.query(ctx, associated(of, classComponent, classFibre))
+	switch {
+	case errors.Is(err, wsman.ErrNoClass), errors.Is(err, fault.ErrUnsupported):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("list its Fibre Channel adapters: %w", err)
+	}
+	return list, nil
 }
 
 // storage are the settings of a VM's disks, of DVDs and floppies too.
@@ -224,7 +235,7 @@ func deviceOf(id string) string {
 }
 
 // arrange makes disks of what hangs where.
-func arrange(storage, devices []object) (list []drive, fibre bool) {
+func arrange(storage, devices []object) (list []drive) {
 	byDevice := map[string]object{}
 	var scsi []string
 	for _, o := range devices {
@@ -233,7 +244,6 @@ func arrange(storage, devices []object) (list []drive, fibre bool) {
 		if n, _ := o.number("ResourceType"); n == typeSCSI {
 			scsi = append(scsi, device)
 		}
-		fibre = fibre || o.text("ResourceSubType") == subFibre
 	}
 	// Hosts don't number SCSI controllers; the order of their ids stays.
 	slices.Sort(scsi)
@@ -280,7 +290,7 @@ func arrange(storage, devices []object) (list []drive, fibre bool) {
 		list = append(list, d)
 	}
 	slices.SortFunc(list, func(a, b drive) int { return compareIDs(a.ID, b.ID) })
-	return list, fibre
+	return list
 }
 
 // compareIDs orders disks by controller and slot, numbers as numbers.

@@ -134,14 +134,13 @@ func TestArrange(t *testing.T) {
 	direct.Set("HostResource", wsman.List(`\\HV01\root\virtualization\v2:Msvm_DiskDrive.DeviceID="1"`))
 	shared := disk("a2L", subDisk, "a2", `C:\q.vhdx`)
 	shared.Set("PersistentReservationsSupported", wsman.Of(true))
-	list, fibre := arrange([]object{
+	list := arrange([]object{
 		disk("b0L", subDisk, "b0", `C:\b0.vhdx`), disk("a10L", subDisk, "a10", `C:\a10.VHD`), shared, disk("i0L", subDisk, "i0", `C:\i0.avhdx`),
 		disk("dvd", "Microsoft:Hyper-V:Virtual CD/DVD Disk", "a9", `C:\x.iso`), disk("a3L", subDisk, "a3", `C:\set.vhds`), disk("a4L", subDisk, "a4", `C:\odd.img`),
 	}, []object{
 		device("b", typeSCSI, "", "", "", ""), device("a", typeSCSI, "", "", "", ""), device("i", typeIDE, "", "", "", "1"),
 		device("b0", 17, drive, "b", "0", ""), direct, device("a10", 17, drive, "a", "10", ""), device("a2", 17, drive, "a", "2", ""),
 		device("a3", 17, drive, "a", "3", ""), device("a4", 17, drive, "a", "4", ""), device("a9", 16, "", "a", "9", ""), device("i0", 17, drive, "i", "0", ""),
-		device("f", 7, subFibre, "", "", ""),
 	})
 	want := []struct {
 		id       vm.DiskID
@@ -151,8 +150,8 @@ func TestArrange(t *testing.T) {
 		{"ide1:0", "vhdx", ""}, {"scsi0:2", "vhdx", reasonShared}, {"scsi0:3", "vhdx", reasonSet}, {"scsi0:4", "", reasonFormat},
 		{"scsi0:10", "vhd", ""}, {"scsi1:0", "vhdx", ""}, {"scsi1:1", "raw", reasonDirect},
 	}
-	if !fibre || len(list) != len(want) {
-		t.Fatalf("fibre channel %v, %d disks: %+v", fibre, len(list), list)
+	if len(list) != len(want) {
+		t.Fatalf("%d disks: %+v", len(list), list)
 	}
 	for i, w := range want {
 		if d := list[i]; d.ID != w.id || d.Format != w.format || d.Excluded != w.excluded {

@@ -34,6 +34,7 @@ const (
 	classNIC       = "Msvm_SyntheticEthernetPortSettingData"
 	classLegacyNIC = "Msvm_EmulatedEthernetPortSettingData"
 	classLink      = "Msvm_EthernetPortAllocationSettingData"
+	classFibre     = "Msvm_SyntheticFcPortSettingData"
 )
 
 // A NoSlotError names disks for which a VM has no room.
@@ -342,7 +343,7 @@ func (m *making) addDisks(ctx context.Context) error {
 
 // checkDisks looks whether every disk hangs where it should, in its own file.
 func (m *making) checkDisks(ctx context.Context) error {
-	have, _, err := m.d.drives(ctx, m.now.ref)
+	have, err := m.d.drives(ctx, m.now.ref)
 	if err != nil {
 		return err
 	}

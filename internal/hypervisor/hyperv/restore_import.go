@@ -193,7 +193,7 @@ func (m *making) nameImported(ctx context.Context) error {
 // placeDisks leads each drive to its restored file, and takes out those that
 // have none.
 func (m *making) placeDisks(ctx context.Context) error {
-	have, _, err := m.d.drives(ctx, m.now.ref)
+	have, err := m.d.drives(ctx, m.now.ref)
 	if err != nil {
 		return err
 	}
@@ -231,19 +231,32 @@ func (m *making) placeDisks(ctx context.Context) error {
 	}
 	for _, o := range devices {
 		// Through these a copy would write to what the original has for itself.
-		switch sub := o.text("ResourceSubType"); {
-		case sub == subFibre:
-			m.warn("the VM's Fibre Channel adapter is left out: through it the new VM would reach the disks of the old one")
-		case sub != subDirect:
-			continue
+		if o.text("ResourceSubType") == subDirect {
+			drop = append(drop, instance(o.Class, o.text("InstanceID")))
 		}
+	}
+	fibres, err := m.d.fibres(ctx, m.now.ref)
+	if err != nil {
+		return err
+	}
+	for _, o := range fibres {
 		drop = append(drop, instance(o.Class, o.text("InstanceID")))
 	}
 	if len(drop) == 0 {
 		return nil
 	}
-	_, err = m.d.manage(ctx, "RemoveResourceSettings", wsman.Arg("ResourceSettings", wsman.List(drop...)))
-	return err
+	if _, err = m.d.manage(ctx, "RemoveResourceSettings", wsman.Arg("ResourceSettings", wsman.List(drop...))); err != nil || len(fibres) == 0 {
+		return err
+	}
+	left, err := m.d.fibres(ctx, m.now.ref)
+	if err != nil {
+		return err
+	}
+	if len(left) > 0 {
+		return fmt.Errorf("%w: its Fibre Channel adapter could not be left out", errImport)
+	}
+	m.warn("the VM's Fibre Channel adapter is left out: through it the new VM would reach the disks of the old one")
+	return nil
 }
 
 // placeNICs connects the network cards to nothing, unless asked, and lets the
@@ -287,10 +300,10 @@ func (m *making) placeNICs(ctx context.Context) error {
 			return err
 		}
 		for _, o := range cards {
-			if m.o.KeepMACs || !o.truth("StaticMacAddress") {
+			if m.o.KeepMACs {
 				continue
 			}
-			if err := m.d.modifyResource(ctx, wsman.NewInstance(class).Set("InstanceID", wsman.Of(o.text("InstanceID"))).Set("StaticMacAddress", wsman.Of(false))); err != nil {
+			if err := m.newAddress(ctx, o); err != nil {
 				return err
 			}
 		}
@@ -300,6 +313,33 @@ func (m *making) placeNICs(ctx context.Context) error {
 	}
 	return nil
 }
+
+// newAddress takes a network card's address away, also one that the host had
+// chosen: it chooses another when the VM starts. A copy with the address of the
+// original does harm as soon as both are on one network.
+func (m *making) newAddress(ctx context.Context, card object) error {
+	had, id := card.text("Address"), card.text("InstanceID")
+	if none(had) && !card.truth("StaticMacAddress") {
+		return nil
+	}
+	err := m.d.modifyResource(ctx, wsman.NewInstance(card.Class).Set("InstanceID", wsman.Of(id)).Set("StaticMacAddress", wsman.Of(false)).Set("Address", wsman.Of(noAddress)))
+	if err != nil && !hostSaid(err) {
+		return err
+	}
+	back, err := m.d.Get(ctx, instance(card.Class, id))
+	if err != nil {
+		return err
+	}
+	if now := (object{back}); now.truth("StaticMacAddress") || !none(had) && strings.EqualFold(now.text("Address"), had) {
+		m.warn("a network card still has the address %s of the original: give it another before both are on one network", macText(had))
+	}
+	return nil
+}
+
+// noAddress is that of a network card whose VM was never started.
+const noAddress = "000000000000"
+
+func none(address string) bool { return strings.Trim(address, "0") == "" }
 
 // realize makes a VM of what was imported; it keeps its GUID.
 func (m *making) realize(ctx context.Context, planned wsman.Ref) error {

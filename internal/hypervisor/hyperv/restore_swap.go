@@ -93,7 +93,7 @@ func (r *replacing) look(ctx context.Context) (err error) {
 	if err := r.noCheckpoints(ctx); err != nil {
 		return err
 	}
-	have, _, err := r.d.drives(ctx, r.now.ref)
+	have, err := r.d.drives(ctx, r.now.ref)
 	if err != nil {
 		return err
 	}
@@ -178,7 +178,7 @@ func (r *replacing) swap(ctx context.Context) error {
 		return err
 	}
 	changed := stateChanged(object{in})
-	now, _, err := r.d.drives(ctx, r.now.ref)
+	now, err := r.d.drives(ctx, r.now.ref)
 	if err != nil {
 		return err
 	}

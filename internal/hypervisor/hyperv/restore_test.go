@@ -336,7 +336,7 @@ func TestNewVM(t *testing.T) {
 			t.Errorf("%s: %d, want %d", class, n, want)
 		}
 	}
-	drives, _, err := d.drives(t.Context(), now.ref)
+	drives, err := d.drives(t.Context(), now.ref)
 	if err != nil || len(drives) != 2 {
 		t.Fatal(drives, err)
 	}
@@ -624,21 +624,84 @@ func TestImport(t *testing.T) {
 	}
 }
 
+// settingsOf are a VM's settings of one class.
+func (l *restoreLab) settingsOf(name, class string) []object {
+	l.t.Helper()
+	d := l.driver()
+	at, err := d.find(l.t.Context(), name)
+	var now settings
+	if err == nil {
+		now, err = d.present(l.t.Context(), at.sys)
+	}
+	var list []object
+	if err == nil {
+		list, err = d.query(l.t.Context(), associated(now.ref, classComponent, class))
+	}
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return list
+}
+
+// No copy keeps the address of the original's network card, whoever chose it,
+// unless that was asked for; and a host that does not let go of it is told of.
+func TestImportNewAddress(t *testing.T) {
+	l := newRestoreLab(t)
+	card := l.settingsOf("web01", classNIC)[0]
+	had := card.text("Address")
+	if none(had) {
+		t.Fatal("the original has no address")
+	}
+	address := func() string { return l.settingsOf("web02", classNIC)[0].text("Address") }
+	for _, c := range []struct {
+		name         string
+		static, keep bool
+		refuse       bool
+		warnings     int
+	}{
+		{name: "chosen by the host"},
+		{name: "chosen by the host, which keeps it", refuse: true, warnings: 1},
+		{name: "static", static: true},
+		{name: "static, and to be kept", static: true, keep: true},
+	} {
+		err := l.driver().modifyResource(t.Context(), wsman.NewInstance(classNIC).Set("InstanceID", wsman.Of(card.text("InstanceID"))).Set("StaticMacAddress", wsman.Of(c.static)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		o := l.imported("web02")
+		o.ConnectNICs, o.KeepMACs = true, c.keep
+		l.host.SetTrouble(func(x *host.Trouble) { x.KeepAddresses = c.refuse })
+		done, err := l.restored(t.Context(), o)
+		l.host.SetTrouble(func(x *host.Trouble) { x.KeepAddresses = false })
+		if err != nil {
+			t.Fatalf("%s: %v", c.name, err)
+		}
+		if stays := strings.EqualFold(address(), had); done.How != "import" || stays != (c.keep || c.refuse) || len(done.Warnings) != c.warnings {
+			t.Errorf("%s: address %s, the original's is %s; %+v", c.name, address(), had, done)
+		}
+		if c.warnings > 0 && !strings.Contains(done.Warnings[0], "still has the address "+macText(had)) {
+			t.Errorf("%s: %q", c.name, done.Warnings)
+		}
+		l.takeAway("web02")
+	}
+}
+
 // A disk of the host that the original has for itself stays its own: the new VM
-// is made without it.
+// is made without it. So does its way to disks by Fibre Channel.
 func TestImportLeavesPassThrough(t *testing.T) {
 	l := newRestoreLab(t)
-	if _, err := l.host.AddVM(host.Spec{Name: "db01", Off: true, Disks: []host.DiskSpec{{Bytes: 4 << 20}}, PassThrough: 1}); err != nil {
+	if _, err := l.host.AddVM(host.Spec{Name: "db01", Off: true, Disks: []host.DiskSpec{{Bytes: 4 << 20}}, PassThrough: 1, Fibre: true}); err != nil {
 		t.Fatal(err)
 	}
 	done, err := l.restored(t.Context(), l.ownDefinition("db01", "db02"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if now := l.drivesOf("db02"); done.How != "import" || len(now) != 1 || len(done.Warnings) != 1 || !strings.Contains(done.Warnings[0], "scsi0:1 is not in the restore point") {
+	if now := l.drivesOf("db02"); done.How != "import" || len(now) != 1 || len(done.Warnings) != 2 || !strings.Contains(done.Warnings[0], "scsi0:1 is not in the restore point") ||
+		!strings.Contains(done.Warnings[1], "Fibre Channel adapter is left out") || len(l.settingsOf("db02", classFibre)) != 0 {
 		t.Errorf("%+v, disks %v", done, now)
 	}
-	if now := l.drivesOf("db01"); len(now) != 2 {
+	if now := l.drivesOf("db01"); len(now) != 2 || len(l.settingsOf("db01", classFibre)) != 1 {
 		t.Errorf("the original has %v", now)
 	}
 }

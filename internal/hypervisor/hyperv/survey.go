@@ -77,7 +77,7 @@ func (d *Driver) surveyAll(ctx context.Context) error {
 		if err != nil {
 			continue // removed while we looked
 		}
-		drives, _, err := d.drives(ctx, now.ref)
+		drives, err := d.drives(ctx, now.ref)
 		if unanswered(err) {
 			return err
 		}
@@ -158,7 +158,7 @@ func (d *Driver) surveyMachine(ctx context.Context, s system) error {
 			return err
 		}
 	}
-	drives, _, err := d.drives(ctx, now.ref)
+	drives, err := d.drives(ctx, now.ref)
 	if unanswered(err) {
 		return err
 	}
@@ -279,14 +279,14 @@ func (d *Driver) rehearse(ctx context.Context, t *target) error {
 			return err
 		}
 	}
-	if _, _, err := d.drives(ctx, frozen.ref); err != nil {
+	if _, err := d.drives(ctx, frozen.ref); err != nil {
 		return err
 	}
 	now, err := d.present(ctx, t.system)
 	if err != nil {
 		return err
 	}
-	if _, _, err := d.drives(ctx, now.ref); err != nil { // what the guest writes to meanwhile
+	if _, err := d.drives(ctx, now.ref); err != nil { // what the guest writes to meanwhile
 		return err
 	}
 	if _, err := t.convert(ctx, first); err != nil {
@@ -300,7 +300,7 @@ func (d *Driver) rehearse(ctx context.Context, t *target) error {
 	if frozen, _, err = t.checkpoint(ctx, second, levelCrash); err != nil {
 		return err
 	}
-	drives, _, err := d.drives(ctx, frozen.ref)
+	drives, err := d.drives(ctx, frozen.ref)
 	if err != nil {
 		return err
 	}

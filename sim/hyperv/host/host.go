@@ -68,6 +68,8 @@ type Trouble struct {
 	NoAffected bool
 	// Downgrade gives crash consistency to who asked for application.
 	Downgrade bool
+	// KeepAddresses takes new MAC addresses and leaves the old ones.
+	KeepAddresses bool
 	// SlowJobs takes so much longer for every job.
 	SlowJobs time.Duration
 }

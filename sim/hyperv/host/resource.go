@@ -249,7 +249,7 @@ func (h *Host) modifyPart(v *vm, s *cim.Instance) error {
 	}
 	next := p.Clone()
 	for _, name := range changeable[p.Class.Name] {
-		if value := s.Get(name); value.Set {
+		if value := s.Get(name); value.Set && !(h.trouble.KeepAddresses && name == "Address") {
 			next.Put(name, value)
 		}
 	}

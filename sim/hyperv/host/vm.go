@@ -42,6 +42,8 @@ type Spec struct {
 	Disks   []DiskSpec
 	// PassThrough is how many disks of the host the VM has for itself.
 	PassThrough int
+	// Fibre gives the VM a Fibre Channel adapter.
+	Fibre bool
 }
 
 // A DiskSpec says what disk to make.
@@ -188,6 +190,9 @@ func (h *Host) AddVM(s Spec) (string, error) {
 	_, nicID, _ := strings.Cut(nic.Get("InstanceID").String(), `\`)
 	c.part("Msvm_EthernetPortAllocationSettingData", nicID+`\C`, "33", "Microsoft:Hyper-V:Ethernet Connection").Put("Parent", cim.Text(nic.Ref().Path())).Put("EnabledState", cim.Text("2")).
 		Put("HostResource", cim.List(h.switches[0].instance().Ref().Path())).Put("LastKnownSwitchName", cim.Text(h.switches[0].name))
+	if s.Fibre {
+		c.part("Msvm_SyntheticFcPortSettingData", newGUID(), "7", "Microsoft:Hyper-V:Synthetic FibreChannel Port").Put("VirtualPortWWPN", cim.Text("C003FF0000000000"))
+	}
 	controllers := map[string]*cim.Instance{}
 	if s.IDE {
 		c.ide()
