@@ -8,6 +8,7 @@ import (
 	"io"
 	"iter"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -401,4 +402,71 @@ func wantNothingOpen(t *testing.T, d *Driver, references int) {
 			}
 		}
 	}
+}
+
+// A new VM that an interrupted restore left, and that somebody moved to another
+// node, keeps its disks; so does one that may be on a node that does not answer.
+func TestInterruptedRestoreMoved(t *testing.T) {
+	l := newClusterLab(t, 2)
+	d := l.driver(0)
+	restore := func() (b *Building, name string) {
+		o := newOptions("web02")
+		o.Folder = `C:\ClusterStorage\Volume1`
+		b, err := d.NewVM(t.Context(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := writeDisks(t.Context(), b, "scsi0:0", "scsi1:5"); err != nil {
+			t.Fatal(err)
+		}
+		name = "backstay-" + b.id
+		if err := b.run.Note(b.entry(kindNewVM, name)); err != nil {
+			t.Fatal(err)
+		}
+		e := b.entry(kindNewVM, name)
+		e.Data[dataID] = l.add(0, name)
+		if err := b.run.Note(e); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.Move(name, "HV02"); err != nil {
+			t.Fatal(err)
+		}
+		return b, name
+	}
+	there := func(b *Building) {
+		t.Helper()
+		for _, file := range b.names {
+			if _, err := os.Stat(l.nodes[0].Local(file)); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	b, name := restore()
+	if err := b.Abort(t.Context()); err == nil || !strings.Contains(err.Error(), "on node HV02") {
+		t.Errorf("abort: %v", err)
+	}
+	there(b)
+	_, list, err := d.systems(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	// HV02 does not answer: nobody knows.
+	if err := l.ends[1].Close(); err != nil {
+		t.Fatal(err)
+	}
+	d.at("HV02")
+	said := d.reapRestores(t.Context(), "HV01", list, "")
+	if len(said) != 1 || !strings.Contains(said[0], "node HV02 of the cluster") {
+		t.Errorf("a node that does not answer: %q", said)
+	}
+	there(b)
+	if l.ends[1], err = sim.Serve(l.nodes[1], "", sim.Options{User: "backup", Password: "secret", HTTP: true}); err != nil {
+		t.Fatal(err)
+	}
+	d = l.driver(0)
+	said = d.reapRestores(t.Context(), "HV01", list, "")
+	if len(said) != 1 || !strings.Contains(said[0], "nothing of it is taken back") || !strings.Contains(said[0], name) || !strings.Contains(said[0], "on node HV02") {
+		t.Errorf("%q", said)
+	}
+	there(b)
 }

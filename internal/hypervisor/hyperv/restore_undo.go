@@ -111,6 +111,12 @@ func (d *Driver) destroyNew(ctx context.Context, e journal.Entry) error {
 		if i >= 0 {
 			return d.destroySystem(ctx, list[i].ref)
 		}
+		// Its disks are in use wherever it is by now.
+		if s, node, err := d.onAnotherNode(ctx, e); err != nil {
+			return err
+		} else if node != "" {
+			return fmt.Errorf("VM %q is on node %s by now, and its disks stay", s.name, node)
+		}
 		switch {
 		case e.Data[dataID] != "" || e.Data[dataJob] != "" || e.Data[dataLate] != "":
 			return nil
@@ -121,6 +127,23 @@ func (d *Driver) destroyNew(ctx context.Context, e journal.Entry) error {
 			return errMaybeLater
 		}
 	}
+}
+
+// onAnotherNode is where in its cluster the VM of an entry is, if its host has
+// it no more; node is empty for one that is nowhere. A node that can't be asked
+// may have it: that is an error.
+func (d *Driver) onAnotherNode(ctx context.Context, e journal.Entry) (s system, node string, err error) {
+	if d.cluster.isAlone() {
+		return s, "", nil
+	}
+	seen, errs := d.everywhere(ctx)
+	for _, p := range seen {
+		i := slices.IndexFunc(p.list, func(s system) bool { return s.guid == e.Data[dataID] || s.name == e.Name })
+		if i >= 0 {
+			return p.list[i], p.host, nil
+		}
+	}
+	return s, "", oneError(errs)
 }
 
 func (d *Driver) destroySystem(ctx context.Context, ref wsman.Ref) error {

@@ -24,7 +24,8 @@ func stateChanged(o object) string { return o.text("TimeOfLastStateChange") }
 
 // inUse says why what a dead restore left is nobody's to take away any more:
 // its VM was whole, or was used since. Then what it holds by now exists nowhere
-// else. It is empty where everything is as the dead run left it. Error:
+// else. It is empty where everything is as the dead run left it. A new VM on
+// another node was moved there by somebody. Error:
 // errElsewhere for disks of a VM that is not on this host, and may be on another
 // with the restored ones.
 func (d *Driver) inUse(ctx context.Context, open []journal.Entry) (string, error) {
@@ -41,6 +42,15 @@ func (d *Driver) inUse(ctx context.Context, open []journal.Entry) (string, error
 			}
 			if i >= 0 && live[i].state != stateOff {
 				return fmt.Sprintf("VM %q is %s", live[i].name, stateName(live[i].state)), nil
+			}
+			if i < 0 {
+				s, node, err := d.onAnotherNode(ctx, e)
+				if err != nil {
+					return "", err
+				}
+				if node != "" {
+					return fmt.Sprintf("VM %q is on node %s by now", s.name, node), nil
+				}
 			}
 		case kindSwap:
 			if i < 0 {
