@@ -2,11 +2,13 @@ package hyperv
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/hypervisor/kvm"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
 	"github.com/backstay/backstay/internal/wsman"
@@ -107,6 +109,20 @@ func TestVersionsThatTrack(t *testing.T) {
 	for version, want := range map[string]bool{"5.0": false, "6.1": false, "6.2": true, "8.0": true, "10.0": true, "254.0": true, "": false, "x": false, "6": false} {
 		if tracks(version) != want {
 			t.Errorf("%q: %v", version, !want)
+		}
+	}
+}
+
+// A VM of KVM boots from the disk that it booted from, be that its second.
+func TestBootDiskComesFirst(t *testing.T) {
+	def, err := kvm.Describe([]byte(`<domain type="kvm"><name>w</name><devices><disk type="file" device="disk"><target dev="vda" bus="virtio"/><boot order="2"/></disk>
+<disk type="file" device="disk"><target dev="vdb" bus="virtio"/><boot order="1"/></disk></devices></domain>`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for generation, want := range map[int][]spot{1: {{"vdb", "ide", 0, 0}, {"vda", "scsi", 0, 0}}, 2: {{"vdb", "scsi", 0, 0}, {"vda", "scsi", 0, 1}}} {
+		if got, left := arrangeNew(def, []vm.DiskID{"vda", "vdb"}, generation); !slices.Equal(got, want) || len(left) > 0 {
+			t.Errorf("generation %d: %+v, left %v; want %+v", generation, got, left, want)
 		}
 	}
 }

@@ -1,7 +1,10 @@
 package kvm
 
 import (
+	"cmp"
 	"fmt"
+	"math"
+	"slices"
 	"strings"
 
 	"libvirt.org/go/libvirtxml"
@@ -10,7 +13,8 @@ import (
 )
 
 // Describe reads what a stored domain.xml says that a VM on any hypervisor can
-// have. Its disks are called as the restore point calls them.
+// have. Its disks are called as the restore point calls them, and come in the
+// order in which it boots from them.
 func Describe(domainXML []byte) (vm.Definition, error) {
 	x := &libvirtxml.Domain{}
 	if err := x.Unmarshal(string(domainXML)); err != nil {
@@ -33,13 +37,13 @@ func Describe(domainXML []byte) (vm.Definition, error) {
 		return def, nil
 	}
 	def.TPM = len(x.Devices.TPMs) > 0
-	for _, k := range x.Devices.Disks {
-		if k.Target == nil || k.Device == "cdrom" || k.Device == "floppy" {
-			continue
-		}
+	for _, k := range inBootOrder(x) {
 		p := vm.DiskPlace{ID: vm.DiskID(k.Target.Dev), Bus: k.Target.Bus, Slot: len(def.Disks)}
 		if k.Source != nil && k.Source.File != nil {
 			p.Source = k.Source.File.File
+		}
+		if k.BlockIO != nil && k.BlockIO.LogicalBlockSize == 4096 {
+			p.SectorBytes = 4096
 		}
 		def.Disks = append(def.Disks, p)
 	}
@@ -63,6 +67,26 @@ func Describe(domainXML []byte) (vm.Definition, error) {
 		def.NICs = append(def.NICs, out)
 	}
 	return def, nil
+}
+
+// inBootOrder are the disks of a VM, those first that it boots from. Where
+// disks have no order of their own, <os> can only ask for the first of them,
+// which is the first already.
+func inBootOrder(x *libvirtxml.Domain) []libvirtxml.DomainDisk {
+	var disks []libvirtxml.DomainDisk
+	for _, k := range x.Devices.Disks {
+		if k.Target != nil && k.Device != "cdrom" && k.Device != "floppy" {
+			disks = append(disks, k)
+		}
+	}
+	order := func(k libvirtxml.DomainDisk) uint {
+		if k.Boot == nil || k.Boot.Order == 0 {
+			return math.MaxUint
+		}
+		return k.Boot.Order
+	}
+	slices.SortStableFunc(disks, func(a, b libvirtxml.DomainDisk) int { return cmp.Compare(order(a), order(b)) })
+	return disks
 }
 
 // memoryBytes is an amount in libvirt's units, 0 for one that is none; without

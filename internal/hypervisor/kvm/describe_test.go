@@ -29,6 +29,19 @@ func TestDescribe(t *testing.T) {
 			vm.Definition{Version: 1, Name: "w", Hypervisor: "kvm", Firmware: "bios", TPM: true,
 				Disks: []vm.DiskPlace{{ID: "vda", Bus: "virtio", Source: "/v/a.qcow2"}, {ID: "sdb", Bus: "scsi", Slot: 1}},
 				NICs:  []vm.NIC{{MAC: "52:54:00:00:00:01", Network: "br0", Model: "virtio"}, {}}}},
+		{"boots from its third disk, then from its second", `<domain type="kvm"><name>w</name><devices>
+<disk type="file" device="disk"><target dev="vda" bus="virtio"/></disk>
+<disk type="file" device="disk"><target dev="vdb" bus="virtio"/><boot order="3"/></disk>
+<disk type="file" device="cdrom"><target dev="sda" bus="sata"/><boot order="2"/></disk>
+<disk type="file" device="disk"><target dev="vdc" bus="virtio"/><boot order="1"/></disk></devices></domain>`,
+			vm.Definition{Version: 1, Name: "w", Hypervisor: "kvm", Firmware: "bios",
+				Disks: []vm.DiskPlace{{ID: "vdc", Bus: "virtio"}, {ID: "vdb", Bus: "virtio", Slot: 1}, {ID: "vda", Bus: "virtio", Slot: 2}}}},
+		{"boots from a network, then from its first disk", `<domain type="kvm"><name>w</name><os><type>hvm</type><boot dev="network"/><boot dev="hd"/></os><devices>
+<disk type="file" device="disk"><target dev="vda" bus="virtio"/></disk><disk type="file" device="disk"><target dev="vdb" bus="virtio"/></disk></devices></domain>`,
+			vm.Definition{Version: 1, Name: "w", Hypervisor: "kvm", Firmware: "bios",
+				Disks: []vm.DiskPlace{{ID: "vda", Bus: "virtio"}, {ID: "vdb", Bus: "virtio", Slot: 1}}}},
+		{"sectors of 4 KiB", `<domain type="kvm"><name>w</name><devices><disk type="file" device="disk"><blockio logical_block_size="4096"/><target dev="vda" bus="virtio"/></disk></devices></domain>`,
+			vm.Definition{Version: 1, Name: "w", Hypervisor: "kvm", Firmware: "bios", Disks: []vm.DiskPlace{{ID: "vda", Bus: "virtio", SectorBytes: 4096}}}},
 	} {
 		if got, err := Describe([]byte(c.xml)); err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%s: %+v, %v; want %+v", c.name, got, err, c.want)
