@@ -212,7 +212,7 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 		if err != nil {
 			return restoreHint(err, o.to)
 		}
-		return a.reportRestore(res)
+		return a.reportDisks(ctx, from, p, res)
 	}
 	return a.restoreDisk(ctx, from, p, o, opts, bar)
 }
@@ -316,7 +316,36 @@ func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point
 		return fmt.Errorf("restore %s: disk %s: %w", p.Ref(), d.ID, err)
 	}
 	res.Disk = d.ID
-	return a.reportRestore(restore.PointResult{Point: p.Ref(), Target: o.to, Disks: []restore.Result{res}, Duration: res.Duration})
+	all := restore.PointResult{Point: p.Ref(), Target: o.to, Disks: []restore.Result{res}, Duration: res.Duration}
+	if o.inPlace { // the image keeps its own sectors
+		return a.reportRestore(all)
+	}
+	return a.reportDisks(ctx, from, p, all)
+}
+
+// reportDisks reports a restore to images or to disks of a VM that have sectors
+// of 512 bytes, and warns of those that had others.
+func (a *app) reportDisks(ctx context.Context, from restore.Repository, p *point.RestorePoint, res restore.PointResult) error {
+	res.Warnings = sectorsLost(ctx, from, p, res.Disks)
+	if err := a.reportRestore(res); err != nil {
+		return err
+	}
+	return a.warned(res.Warnings)
+}
+
+// sectorsLost names the disks that had sectors of another size than 512 bytes.
+func sectorsLost(ctx context.Context, from restore.Repository, p *point.RestorePoint, disks []restore.Result) (warnings []string) {
+	def, _, err := definitionOf(ctx, from, p)
+	if err != nil {
+		return []string{fmt.Sprintf("whether a disk had sectors of more than 512 bytes can't be read: %v", err)}
+	}
+	for _, d := range disks {
+		i := slices.IndexFunc(def.Disks, func(p vm.DiskPlace) bool { return p.ID == d.Disk })
+		if i >= 0 && def.Disks[i].SectorBytes > 512 {
+			warnings = append(warnings, fmt.Sprintf("disk %s had sectors of %d bytes, and the restored one is not marked so: a guest that is shown sectors of 512 bytes finds no partitions on it", d.Disk, def.Disks[i].SectorBytes))
+		}
+	}
+	return warnings
 }
 
 func (a *app) reportRestore(res restore.PointResult) error {
@@ -387,7 +416,10 @@ func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.R
 	if err != nil {
 		return err
 	}
-	return a.reportRestore(res)
+	if host.def == nil { // libvirt's own definition says what sectors there are
+		return a.reportRestore(res)
+	}
+	return a.reportDisks(ctx, from, p, res)
 }
 
 // kvmHost makes the KVM driver a place for restored VMs.

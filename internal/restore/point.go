@@ -26,6 +26,8 @@ type PointResult struct {
 	Duration time.Duration `json:"duration_ns"`
 	// VM is what a Builder made of it; nil where the host is this machine.
 	VM *hypervisor.Built `json:"vm,omitempty"`
+	// Warnings say what is not as it was.
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 // Select finds the disk called id in p; "" is its only disk. An id that is the
