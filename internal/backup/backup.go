@@ -13,6 +13,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"log/slog"
 	"runtime"
@@ -234,6 +235,9 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 		}
 	}()
 
+	if err := history.another(hs.Machine()); err != nil {
+		return fail(err)
+	}
 	if len(hs.Disks()) == 0 {
 		return fail(hypervisor.ErrNoDisk)
 	}
@@ -378,5 +382,9 @@ func (e *engine) seed() uint64 {
 
 // ErrNoSuchVM says that a driver does not list the VM.
 var ErrNoSuchVM = fmt.Errorf("the host has no such VM: %w", fault.ErrNotFound)
+
+// ErrOtherVM says that a VM was deleted, and another one made under its name,
+// while a Run was under way.
+var ErrOtherVM = errors.New("another VM of that name was made meanwhile")
 
 func errNoSuchVM(name string) error { return fmt.Errorf("VM %s: %w", name, ErrNoSuchVM) }

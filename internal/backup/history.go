@@ -18,6 +18,7 @@ import (
 type history struct {
 	engine *engine
 	name   string
+	uuid   string // of the VM, as the host's list had it; "" for none
 	points []*point.RestorePoint
 	// handsOn says that a VM which is off hands on the change ID of its last
 	// point.
@@ -37,7 +38,7 @@ func (e *engine) history(ctx context.Context, job Job) (*history, string, error)
 		return nil, "", err
 	}
 	_, tracksOff := job.Driver.(hypervisor.OffTracker)
-	h := &history{engine: e, handsOn: !tracksOff}
+	h := &history{engine: e, uuid: machine.UUID, handsOn: !tracksOff}
 	all, err := e.Repo.Points(ctx)
 	switch {
 	case errors.Is(err, fault.ErrCorrupt):
@@ -74,11 +75,13 @@ func (e *engine) history(ctx context.Context, job Job) (*history, string, error)
 type listing struct {
 	mu       sync.Mutex
 	machines []vm.Machine // without their disks, perhaps
+	gaps     error        // why there may be more; nil if these are all
 	asked    bool
 }
 
-// list asks a driver for its VMs, and again only if anew is said.
-func (e *engine) list(ctx context.Context, d hypervisor.Driver, anew bool) (machines []vm.Machine, fresh bool, err error) {
+// list asks a driver for its VMs, and again only if anew is said. gaps is why
+// there may be more of them; nil if these are all.
+func (e *engine) list(ctx context.Context, d hypervisor.Driver, anew bool) (machines []vm.Machine, gaps error, fresh bool, err error) {
 	e.mu.Lock()
 	l := e.listings[d]
 	if l == nil {
@@ -89,34 +92,43 @@ func (e *engine) list(ctx context.Context, d hypervisor.Driver, anew bool) (mach
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.asked && !anew {
-		return l.machines, false, nil
+		return l.machines, l.gaps, false, nil
 	}
 	ask := d.Machines
 	if lister, ok := d.(hypervisor.Lister); ok {
 		ask = lister.List
 	}
-	if machines, err = ask(ctx); err != nil {
-		return nil, false, err
+	machines, err = ask(ctx)
+	if errors.As(err, new(*hypervisor.PartialError)) {
+		e.Log.Warn("not all VMs of a host are known", "err", err)
+		gaps, err = err, nil
 	}
-	l.machines, l.asked = machines, true
-	return machines, true, nil
+	if err != nil {
+		return nil, nil, false, err
+	}
+	l.machines, l.gaps, l.asked = machines, gaps, true
+	return machines, gaps, true, nil
 }
 
 // find looks for the VM of job. One that is not there may have come since the
-// host was asked.
+// host was asked; whether one exists that is not in a list with gaps, nobody
+// knows.
 func (e *engine) find(ctx context.Context, job Job) (vm.Machine, error) {
-	machines, fresh, err := e.list(ctx, job.Driver, false)
+	machines, gaps, fresh, err := e.list(ctx, job.Driver, false)
 	if err != nil {
 		return vm.Machine{}, err
 	}
 	m, err := choose(machines, job)
-	if !errors.Is(err, ErrNoSuchVM) || fresh {
-		return m, err
+	if errors.Is(err, ErrNoSuchVM) && !fresh {
+		if machines, gaps, _, err = e.list(ctx, job.Driver, true); err != nil {
+			return vm.Machine{}, err
+		}
+		m, err = choose(machines, job)
 	}
-	if machines, _, err = e.list(ctx, job.Driver, true); err != nil {
-		return vm.Machine{}, err
+	if errors.Is(err, ErrNoSuchVM) && gaps != nil {
+		err = fmt.Errorf("VM %s: not found, but %w", job.Name, gaps)
 	}
-	return choose(machines, job)
+	return m, err
 }
 
 func choose(machines []vm.Machine, job Job) (vm.Machine, error) {
@@ -163,6 +175,15 @@ func uniqueName(m vm.Machine, all []*point.RestorePoint) string {
 		}
 	}
 	return m.Name
+}
+
+// another fails if the VM that is held still is not the one whose history this
+// is: one that was made anew, under its name, since the host was asked.
+func (h *history) another(m vm.Machine) error {
+	if h.uuid == "" || m.UUID == "" || strings.EqualFold(h.uuid, m.UUID) {
+		return nil
+	}
+	return fmt.Errorf("it was %s when the host was asked for its VMs, and is %s now: %w; back it up once more", h.uuid, m.UUID, ErrOtherVM)
 }
 
 // stranger warns that the VM may be another than the one whose points there

@@ -86,6 +86,37 @@ func TestHostIsListedOnce(t *testing.T) {
 	}
 }
 
+// A VM that is not in a list with gaps may be there all the same: nobody says
+// that there is none.
+func TestListWithGaps(t *testing.T) {
+	gap := &hypervisor.PartialError{Err: errors.New("node hv02 does not answer")}
+	driver := &listedInPart{listed{vms: []vm.Machine{{Name: "web01", UUID: "1a"}}}, gap}
+	e := newEngine(Options{})
+	for range 2 { // of a fresh list, and of one that is there
+		if m, err := e.find(t.Context(), Job{Driver: driver, Name: "web01"}); m.UUID != "1a" || err != nil {
+			t.Errorf("one that is listed: %+v, %v", m, err)
+		}
+		if _, err := e.find(t.Context(), Job{Driver: driver, Name: "db01"}); !errors.Is(err, gap) || errors.Is(err, ErrNoSuchVM) {
+			t.Errorf("one that is not: %v", err)
+		}
+	}
+	driver.gap = nil
+	if _, err := e.find(t.Context(), Job{Driver: driver, Name: "db01"}); !errors.Is(err, ErrNoSuchVM) {
+		t.Errorf("of the whole list: %v", err)
+	}
+}
+
+// listedInPart is a listed whose list may have gaps.
+type listedInPart struct {
+	listed
+	gap error
+}
+
+func (l *listedInPart) List(ctx context.Context) ([]vm.Machine, error) {
+	list, _ := l.Machines(ctx)
+	return list, l.gap
+}
+
 // A VM that was off when it was backed up last has lost nothing where its driver
 // counts changes from every backup on.
 func TestOffAtTheLastBackup(t *testing.T) {

@@ -70,7 +70,10 @@ the shares that the source names. After ? a source may say
   share=C:\FOLDER=SHARE    what is below FOLDER is in the share SHARE
 With --truncate-logs the applications in a Windows guest (SQL Server, Exchange)
 truncate their logs as after a backup of their own, when the checkpoint is made:
-before the restore point is there. Without it, their logs stay as they are.
+before the restore point is there. Without it, their logs stay as they are; so
+they do where a disk of the VM is left out (--exclude-disk, passed through,
+shared), with a warning. Disks that the guest reaches by itself, as by iSCSI,
+are not seen: do not ask for it where applications keep data on those.
 hyperv+http:// is WinRM over HTTP, with every message sealed. DOMAIN\USER is
 written DOMAIN%5CUSER; a name that two VMs have gives way to their GUIDs.`,
 		Example: `  backstay backup kvm:///system/web01 --repo /srv/backup

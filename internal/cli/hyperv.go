@@ -42,6 +42,8 @@ func hypervHint(err error) string {
 	var files *hyperv.FilesError
 	var node *hyperv.NodeError
 	switch {
+	case errors.As(err, new(*hyperv.UnseenError)):
+		return "write its GUID instead of its name: hyperv://USER@HOST/GUID; or see why that node can't be asked"
 	case errors.As(err, &node):
 		return fmt.Sprintf("if %s is reached by another name or port, write the source with ?node=%[1]s=HOST:PORT; its certificate's fingerprint may stand beside the first in another fingerprint=", node.Node)
 	case errors.As(err, &cert):

@@ -138,9 +138,18 @@ type TrackingResetter interface {
 // A Lister is a Driver that names its VMs for less than Machines costs, which
 // asks the host for each one's disks.
 type Lister interface {
-	// List is Machines without the disks.
+	// List is Machines without the disks. With a *PartialError it gives the VMs
+	// that it could see.
 	List(ctx context.Context) ([]vm.Machine, error)
 }
+
+// A PartialError says that there may be more VMs than those that are listed.
+type PartialError struct{ Err error } // why those could not be seen
+
+func (e *PartialError) Error() string { return "VMs may be missing from the list: " + e.Err.Error() }
+
+// Unwrap gives the reason.
+func (e *PartialError) Unwrap() error { return e.Err }
 
 // An OffTracker is a Driver whose sessions each begin to count what changes,
 // those of a VM that is off, too. The others' points of such a VM hand on the

@@ -1,6 +1,7 @@
 package hyperv
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,6 +44,7 @@ type beginning struct {
 	journal  *journal.Journal
 	run      *journal.Run
 	truncate bool            // the guest's applications may drop their logs
+	unsaved  []string        // what of the VM's storage is not in the restore point
 	named    map[string]bool // runs that the previous restore point rests on
 	release  func()
 	life     context.Context // of the session
@@ -73,11 +75,16 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 	if o.Consistency == "" {
 		o.Consistency = vm.PreferApplication
 	}
+	var unseen error
 	for try, wanted := 1, name; ; try++ {
 		at, err := d.find(ctx, wanted)
 		if err != nil {
 			return nil, err
 		}
+		if try == 1 {
+			unseen = at.unseen
+		}
+		at.unseen = unseen // of the name, also where it was found by its GUID since
 		s, moved, err := at.begin(ctx, name, o, prefix)
 		if err == nil {
 			return s, nil
@@ -101,6 +108,9 @@ func (at sighting) begin(ctx context.Context, name string, o hypervisor.Options,
 		return nil, false, err
 	}
 	b := &beginning{d: at.d, o: o, prefix: prefix, host: at.host, sys: at.sys, lock: l, named: map[string]bool{}, release: func() {}, machine: at.d.describe(at.host, at.sys)}
+	if at.unseen != nil {
+		b.warn("this restore point is of VM %s; another one called %q may be where nobody could look, so name the one that is meant by its GUID: %v", at.sys.guid, at.sys.name, at.unseen)
+	}
 	for _, p := range o.Previous {
 		if c, err := parseChangeID(p.ChangeID); err == nil {
 			b.named[c.Run] = true
@@ -163,6 +173,9 @@ func (b *beginning) follow(ctx context.Context, why error) bool {
 			b.where.Lock()
 			b.d = now.d
 			b.where.Unlock()
+			if b.entry.Data != nil { // the reference point will say so, even if the VM goes back
+				b.entry.Data[dataMoved] = cmp.Or(d.nodeName(), d.hostKey())
+			}
 			d.log.Info("the VM moved to another node", "vm", b.sys.name, "node", now.host)
 			return true
 		case !errors.Is(here, errElsewhere) || !errors.Is(err, fault.ErrNotFound) || time.Now().After(until):
@@ -239,11 +252,14 @@ func (b *beginning) session(ctx context.Context, list []system) (s *session, err
 	}
 	if len(fibres) > 0 {
 		b.warn("the VM has a Fibre Channel adapter of its own; what it reaches by it is not in the restore point")
+		b.unsaved = append(b.unsaved, "what it reaches by Fibre Channel")
 	}
 	var volumes []string
 	for i := range before {
 		if d.exclude(&before[i], b.o.Exclude); before[i].Excluded == "" {
 			volumes = append(volumes, volumeOf(before[i].Source))
+		} else {
+			b.unsaved = append(b.unsaved, "disk "+string(before[i].ID))
 		}
 	}
 	if len(volumes) == 0 {
@@ -336,6 +352,11 @@ func (b *beginning) freeze(ctx context.Context) (err error) {
 		}
 	}()
 	b.truncate = b.d.truncateLogs && grade == vm.GradeApplication
+	if b.truncate && len(b.unsaved) > 0 {
+		// A log may be of a database that is on one of those, and saved by nobody.
+		b.truncate = false
+		b.warn("the applications' logs are not truncated, since not all that they belong to is in the restore point: it has not %s", strings.Join(b.unsaved, ", "))
+	}
 	err = b.make(ctx, level, grade)
 	if level == levelApplication && refusedByHost(err) && ctx.Err() == nil {
 		// The guest did not hold still.
@@ -442,6 +463,9 @@ func (b *beginning) open(ctx context.Context, before []drive) error {
 		}
 		if e.Excluded == "" {
 			e.Excluded = "the host left it out of the checkpoint"
+			if b.truncate && b.grade == vm.GradeApplication {
+				b.warn("the applications have truncated their logs, and disk %s is not in the restore point, since %s: back up by other means what is on it", e.ID, e.Excluded)
+			}
 		}
 		frozen = append(frozen, e)
 	}
@@ -529,7 +553,7 @@ func (b *beginning) bases(ctx context.Context) (map[string]reference, error) {
 				continue
 			}
 			in, err := b.d.Get(ctx, instance(classReference, e.Name))
-			base := reference{id: e.Name, node: e.Data[dataNode]}
+			base := reference{id: e.Name, node: e.Data[dataNode], moved: e.Data[dataMoved]}
 			switch {
 			case errors.Is(err, fault.ErrNotFound) && b.target().onHost(ctx) == nil:
 				base.missing = true

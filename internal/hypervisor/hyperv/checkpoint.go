@@ -33,6 +33,7 @@ const (
 	dataDurable   = "durable"   // the restore point is: never destroy, convert
 	dataRefBefore = "refbefore" // ids of the reference points before converting, a line each
 	dataRefJob    = "refjob"    // path of the job that converts it
+	dataMoved     = "moved"     // node from which the VM moved between checkpoint and reference point
 	dataGone      = "gone"      // it was said that the host does not have the VM any more
 )
 
@@ -60,6 +61,8 @@ const (
 type target struct {
 	*client
 	system
+	host   string // the VM's, as the journal names it
+	node   string // as that host calls itself, "" for not known
 	run    *journal.Run
 	prefix string
 	// reaping says that run is a dead one. What is new since then may be
@@ -364,9 +367,7 @@ func (t *target) convert(ctx context.Context, e journal.Entry) (what string, err
 		return "", err
 	}
 	if made.Class != "" {
-		err = t.run.Note(journal.Entry{Kind: kindReference, Name: made.Key("InstanceID"),
-			Data: map[string]string{dataHost: e.Data[dataHost], dataNode: e.Data[dataNode], dataRepo: e.Data[dataRepo], dataRun: e.Name}})
-		if err != nil {
+		if err = t.run.Note(t.referenceOf(e, made.Key("InstanceID"))); err != nil {
 			return "", err
 		}
 	}
@@ -380,6 +381,21 @@ func (t *target) convert(ctx context.Context, e journal.Entry) (what string, err
 		return "", fmt.Errorf("the host does not say which reference point it made, so that the next backup reads everything; new since then, and left alone: %s", strings.Join(fresh, ", "))
 	}
 	return "", fmt.Errorf("checkpoint %s is gone and there is no reference point of it, so that the next backup reads everything", e.Name)
+}
+
+// referenceOf is the journal entry of a reference point that was made here of
+// the checkpoint of e, which may have been made on another node.
+func (t *target) referenceOf(e journal.Entry, id string) journal.Entry {
+	at := journal.Entry{Kind: kindReference, Name: id,
+		Data: map[string]string{dataHost: t.host, dataNode: t.node, dataRepo: e.Data[dataRepo], dataRun: e.Name}}
+	from := e.Data[dataMoved]
+	if from == "" && t.node != "" && !strings.EqualFold(e.Data[dataNode], t.node) {
+		from = e.Data[dataNode]
+	}
+	if from != "" {
+		at.Data[dataMoved] = from
+	}
+	return at
 }
 
 // toReference converts a checkpoint that is there, and gives what newReference

@@ -164,6 +164,33 @@ func oneError(errs []error) (err error) {
 type sighting struct {
 	place
 	sys system
+	// unseen is why some node could not be asked, which may have another VM of
+	// the name; nil where all were, or a GUID was asked for.
+	unseen error
+}
+
+// An UnseenError says that another VM may have the name, too: one on a node that
+// could not be asked.
+type UnseenError struct {
+	Name, GUID string // of the VM that was found
+	Err        error  // of the nodes
+}
+
+func (e *UnseenError) Error() string {
+	return fmt.Sprintf("VM %q: another one of that name may be where nobody could look; name this one by its GUID, %s: %v", e.Name, e.GUID, e.Err)
+}
+
+// Unwrap gives why they could not be asked.
+func (e *UnseenError) Unwrap() error { return e.Err }
+
+// findSurely is find for what changes a VM: it is refused where another may be
+// meant.
+func (d *Driver) findSurely(ctx context.Context, name string) (sighting, error) {
+	at, err := d.find(ctx, name)
+	if err == nil && at.unseen != nil {
+		return sighting{}, &UnseenError{name, at.sys.guid, at.unseen}
+	}
+	return at, err
 }
 
 // find finds a VM by its name or GUID, on the host or on another node of its
@@ -198,9 +225,14 @@ func (d *Driver) find(ctx context.Context, name string) (sighting, error) {
 	}
 	for _, p := range seen {
 		for _, s := range p.list {
-			if s.guid == sys.guid {
-				return sighting{p, s}, nil
+			if s.guid != sys.guid {
+				continue
 			}
+			at := sighting{place: p, sys: s}
+			if s.guid != guid || !isGUID {
+				at.unseen = oneError(errs)
+			}
+			return at, nil
 		}
 	}
 	panic("a VM that was seen nowhere")

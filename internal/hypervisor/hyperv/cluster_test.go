@@ -231,6 +231,107 @@ func TestVMMovesWhileItIsRead(t *testing.T) {
 	}
 }
 
+// Of a VM that moved between checkpoint and reference point everything is read
+// next time, also where it is back on its old node by then.
+func TestVMMovesAwayAndBack(t *testing.T) {
+	for _, c := range []struct {
+		name, reason string
+		end          func(*clusterLab, *testing.T, hypervisor.Session) map[vm.DiskID]hypervisor.PreviousDisk
+	}{
+		{"after the commit", "the VM moved from HV01 to HV02 while", func(l *clusterLab, t *testing.T, s hypervisor.Session) map[vm.DiskID]hypervisor.PreviousDisk {
+			l.move(1)
+			prev := mustCommit(t, s)
+			l.move(0)
+			return prev
+		}},
+		{"before it", "the VM moved from HV02 to HV01 while", func(l *clusterLab, t *testing.T, s hypervisor.Session) map[vm.DiskID]hypervisor.PreviousDisk {
+			l.move(1)
+			if err := s.(hypervisor.Checker).Check(t.Context()); err != nil {
+				t.Errorf("check: %v", err)
+			}
+			l.move(0)
+			return mustCommit(t, s)
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := newClusterLab(t, 2)
+			l.write(0, "one")
+			prev := c.end(l, t, l.begin(l.driver(0), nil))
+			l.wantLeft(0, 1)
+			l.write(100_000, "two")
+			s := l.begin(l.driver(0), prev)
+			l.wantMode(s, point.Full, c.reason)
+			prev = mustCommit(t, s)
+			l.wantLeft(0, 1)
+			s = l.begin(l.driver(0), prev)
+			l.wantMode(s, point.Incremental, "")
+			mustAbort(t, s)
+		})
+	}
+}
+
+// A name may be that of another VM, too, on a node that can't be asked: a backup
+// says so, what changes the VM is refused. A GUID is one VM's alone.
+func TestNameWithANodeUnseen(t *testing.T) {
+	l := newClusterLab(t, 3)
+	d := l.driver(0)
+	dial := d.cluster.dial
+	d.cluster.dial = func(node string) (*Driver, error) {
+		if node == "HV03" {
+			return nil, errors.New("no route to host")
+		}
+		return dial(node)
+	}
+	list, err := d.List(t.Context())
+	var node *NodeError
+	if len(list) != 1 || list[0].Name != "web01" || !errors.As(err, new(*hypervisor.PartialError)) || !errors.As(err, &node) || node.Node != "HV03" {
+		t.Fatalf("the list: %+v, %v", list, err)
+	}
+	guid := list[0].UUID
+	warns := func(name string, want bool) {
+		t.Helper()
+		s, err := d.Begin(t.Context(), name, hypervisor.Options{RepoID: ourRepo})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if w := warnings(s); strings.Contains(w, "HV03") != want || strings.Contains(w, guid) != want {
+			t.Errorf("%s: warnings %q", name, w)
+		}
+		mustAbort(t, s)
+	}
+	warns("web01", true)
+	warns(guid, false)
+	for name, do := range map[string]func(name string) error{
+		"reset the tracking": func(name string) error { return d.ResetTracking(t.Context(), name, ourRepo) },
+		"restore": func(name string) error {
+			b, err := d.Replace(t.Context(), ReplaceOptions{VM: name, RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0"}, PowerOff: true})
+			if err == nil {
+				err = b.Abort(t.Context())
+			}
+			return err
+		},
+	} {
+		var unseen *UnseenError
+		if err := do("web01"); !errors.As(err, &unseen) || unseen.GUID != guid || !errors.As(err, &node) {
+			t.Errorf("%s, by its name: %v", name, err)
+		}
+		if err := do(guid); err != nil {
+			t.Errorf("%s, by its GUID: %v", name, err)
+		}
+	}
+	moved := false
+	d.management = watching{d.management, func(wql string) {
+		if !moved && strings.Contains(wql, "Msvm_SnapshotOfVirtualSystem") {
+			moved = true
+			l.move(1)
+		}
+	}}
+	warns("web01", true)
+	if !moved {
+		t.Error("it did not move while its backup began")
+	}
+}
+
 // A run that died is cleaned up after on whichever node the VM is by then, by
 // its own next backup or by another VM's.
 func TestReapAfterAMove(t *testing.T) {

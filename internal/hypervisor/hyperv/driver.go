@@ -85,20 +85,20 @@ func (d *Driver) hostKey() string { return strings.ToLower(d.host.Hostname()) }
 func (d *Driver) TracksOff() {}
 
 // List names all VMs, those of a cluster's other nodes too, with one question to
-// each. A node that can't be asked is left out: its VMs are of no use just now.
+// each. Nodes that can't be asked are left out, and named in a PartialError.
 func (d *Driver) List(ctx context.Context) ([]vm.Machine, error) {
 	seen, errs := d.everywhere(ctx)
 	if len(seen) == 0 {
 		return nil, oneError(errs)
-	}
-	for _, err := range errs {
-		d.log.Warn("VMs may be missing from the list", "err", err)
 	}
 	var out []vm.Machine
 	for _, p := range seen {
 		for _, s := range p.list {
 			out = append(out, p.d.describe(p.host, s))
 		}
+	}
+	if len(errs) > 0 {
+		return out, &hypervisor.PartialError{Err: oneError(errs)}
 	}
 	return out, nil
 }
@@ -220,7 +220,7 @@ func (d *Driver) openJournal() (*journal.Journal, error) {
 }
 
 func (d *Driver) target(s system, prefix string, run *journal.Run) *target {
-	return &target{client: d.client, system: s, run: run, prefix: prefix, settleTime: d.settleTime, busyTime: d.busyTime}
+	return &target{client: d.client, host: d.hostKey(), node: d.nodeName(), system: s, run: run, prefix: prefix, settleTime: d.settleTime, busyTime: d.busyTime}
 }
 
 // slot waits for a place among the sessions of the host and of each volume,

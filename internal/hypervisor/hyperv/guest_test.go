@@ -27,6 +27,8 @@ func TestTruncateLogs(t *testing.T) {
 		{"asked for", true, func(*fakeHost) {}, []uint8{backupFull}, false},
 		{"of Linux", true, func(h *fakeHost) { h.osName = "Debian" }, []uint8{backupCopy}, true},
 		{"of a guest that is off", true, func(h *fakeHost) { h.state = stateOff }, []uint8{backupCopy}, true},
+		{"a disk is shared", true, func(h *fakeHost) { h.extra = []*wsman.Instance{furtherDisk("scsi0-1", `C:\VMs\quorum.vhdx`, true)} }, []uint8{backupCopy}, true},
+		{"the host leaves a disk out", true, leavesOut, []uint8{backupFull}, true},
 		{"the writers fail", true, func(h *fakeHost) { failJobs(h, "CreateSnapshot", asksApplication) }, []uint8{backupFull, backupCopy}, true},
 	} {
 		h := newFakeHost(t)
@@ -48,6 +50,23 @@ func TestTruncateLogs(t *testing.T) {
 			t.Errorf("%s: kinds %v, want %v; warnings %q", c.name, kinds, c.kinds, s.Warnings())
 		}
 		mustAbort(t, s)
+	}
+}
+
+// furtherDisk is a disk that several VMs share, or not.
+func furtherDisk(device, file string, shared bool) *wsman.Instance {
+	return wsman.NewInstance("Msvm_StorageAllocationSettingData").Set("InstanceID", wsman.Of("Microsoft:"+vmGUID+`\`+device)).
+		Set("ResourceSubType", wsman.Of(subDisk)).Set("HostResource", wsman.List(file)).Set("PersistentReservationsSupported", wsman.Of(shared))
+}
+
+// leavesOut has the host make checkpoints without one of the VM's disks.
+func leavesOut(h *fakeHost) {
+	h.extra = []*wsman.Instance{furtherDisk("left-out", `C:\VMs\web01\more.vhdx`, false)}
+	h.invoke = func(method string, _ map[string]wsman.Value) (*wsman.Instance, error) {
+		if method == "CreateSnapshot" {
+			h.extra = nil
+		}
+		return nil, nil
 	}
 }
 

@@ -249,7 +249,11 @@ func arrange(storage, devices []object) (list []drive) {
 	slices.Sort(scsi)
 	parent := func(o object) (object, string) {
 		device := deviceOf(parseRef(o.text("Parent")).Key("InstanceID"))
-		return byDevice[device], device
+		on, ok := byDevice[device]
+		if !ok { // hosts may have kinds that we do not ask for
+			on = object{wsman.NewInstance("")}
+		}
+		return on, device
 	}
 	// place is where a drive hangs: "scsi0:3".
 	place := func(d object, device string) (vm.DiskID, string) {

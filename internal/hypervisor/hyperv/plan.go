@@ -90,6 +90,7 @@ type vmFacts struct {
 type reference struct {
 	id       string
 	node     string // where the VM was then, "" for not known
+	moved    string // from where it had moved since the checkpoint, "" for not at all
 	missing  bool   // the host has it no more
 	disks    []string
 	tracking []string // RCT ids, of the disks in the same order
@@ -149,6 +150,8 @@ func decide(f diskFacts, of vmFacts, prev map[vm.DiskID]hypervisor.PreviousDisk)
 		d.reason = lost + "no reference point of that restore point is known here"
 	case base.missing:
 		d.reason = lost + "the host no longer has the reference point"
+	case base.moved != "":
+		d.reason = fmt.Sprintf("%sthe VM moved from %s to %s while the previous restore point was made", lost, base.moved, base.node)
 	case base.node != "" && of.node != "" && !strings.EqualFold(base.node, of.node):
 		// Nobody has recorded whether tracking goes on there without a gap.
 		d.reason = fmt.Sprintf("%sthe VM moved from %s to %s since then", lost, base.node, of.node)

@@ -137,7 +137,7 @@ func (b *beginning) otherNodes(ctx context.Context) map[string]sighting {
 	seen, _ := b.d.everywhere(ctx)
 	for _, p := range seen {
 		for _, s := range p.list {
-			out[s.guid] = sighting{p, s}
+			out[s.guid] = sighting{place: p, sys: s}
 		}
 	}
 	return out

@@ -57,7 +57,7 @@ func (d *Driver) Replace(ctx context.Context, o ReplaceOptions) (*Building, erro
 	if err != nil {
 		return nil, err
 	}
-	at, err := d.find(ctx, o.VM)
+	at, err := d.findSurely(ctx, o.VM)
 	if err != nil {
 		return nil, err
 	}

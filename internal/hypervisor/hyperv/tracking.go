@@ -65,7 +65,7 @@ func (d *Driver) DestroyReferencePoint(ctx context.Context, name, id string) err
 // locked does something with a VM, on the host that has it, that no backup of
 // it may run beside.
 func (d *Driver) locked(ctx context.Context, name string, do func(*Driver, system, *journal.Journal) error) error {
-	at, err := d.find(ctx, name)
+	at, err := d.findSurely(ctx, name)
 	if err != nil {
 		return err
 	}
