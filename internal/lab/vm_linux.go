@@ -221,8 +221,15 @@ func (v *VM) Destroy(ctx context.Context) error {
 
 // Shutdown asks the guest to power off and waits until it has.
 func (v *VM) Shutdown(ctx context.Context) error {
-	if _, err := v.virsh(ctx, "shutdown", "--mode", "agent"); err != nil {
-		return err
+	_, err := v.virsh(ctx, "shutdown", "--mode", "agent")
+	if err != nil {
+		// A guest that is off before its agent has answered did what it was asked.
+		late, cancel := context.WithTimeout(ctx, 30*time.Second)
+		defer cancel()
+		if v.waitState(late, "shut off") != nil {
+			return err
+		}
+		return nil
 	}
 	return v.waitState(ctx, "shut off")
 }
