@@ -884,22 +884,30 @@ func TestReplaceUndone(t *testing.T) {
 	}, func() {})
 }
 
+// killedReplace swaps both disks of web01 and dies before it has said so; it
+// gives what had got that far.
+func (l *restoreLab) killedReplace() *Building {
+	l.t.Helper()
+	b, err := l.driver().Replace(l.t.Context(), ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0", "scsi0:1"}})
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	if err := writeDisks(l.t.Context(), b, "scsi0:0", "scsi0:1"); err != nil {
+		l.t.Fatal(err)
+	}
+	if err := b.commit(l.t.Context()); err != nil {
+		l.t.Fatal(err)
+	}
+	b.run.Close()
+	b.lock.Unlock()
+	return b
+}
+
 // After kill -9 between two swaps the next run to the host puts the disks back.
 func TestReplaceKilled(t *testing.T) {
 	l := newRestoreLab(t)
 	before := l.drivesOf("web01")
-	b, err := l.driver().Replace(t.Context(), ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0", "scsi0:1"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := writeDisks(t.Context(), b, "scsi0:0", "scsi0:1"); err != nil {
-		t.Fatal(err)
-	}
-	if err := b.commit(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	b.run.Close()
-	b.lock.Unlock()
+	l.killedReplace()
 	s, err := l.driver().Begin(t.Context(), "web01", hypervisor.Options{RepoID: ourRepo, Consistency: vm.Crash})
 	if err != nil {
 		t.Fatal(err)
@@ -937,18 +945,7 @@ func TestReplaceKilledAndUsed(t *testing.T) {
 		},
 	} {
 		l := newRestoreLab(t)
-		b, err := l.driver().Replace(t.Context(), ReplaceOptions{VM: "web01", RepoID: ourRepo, Disks: []vm.DiskID{"scsi0:0", "scsi0:1"}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := writeDisks(t.Context(), b, "scsi0:0", "scsi0:1"); err != nil {
-			t.Fatal(err)
-		}
-		if err := b.commit(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		b.run.Close()
-		b.lock.Unlock()
+		b := l.killedReplace()
 		host, list, err := l.driver().systems(t.Context())
 		if err != nil {
 			t.Fatal(err)
