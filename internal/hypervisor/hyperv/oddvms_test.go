@@ -25,7 +25,7 @@ import (
 // says which server and share that is; until then the disk is named.
 func TestDisksOnAnotherServer(t *testing.T) {
 	if testing.Short() {
-		t.Skip("needs Samba")
+		t.Skip("takes some seconds")
 	}
 	dir := imagetest.MemoryDir(t)
 	s := newSiteIn(t, dir)
