@@ -249,7 +249,7 @@ func hunt(t *testing.T, text string, secrets ...string) {
 			}
 		}
 		for _, word := range strings.FieldsFunc(s, func(r rune) bool { return !unicode.IsLetter(r) && !unicode.IsDigit(r) }) {
-			if len(word) >= 4 && strings.Contains(all, strings.ToLower(word)) {
+			if len(word) >= 4 && !foundByChance(word) && strings.Contains(all, strings.ToLower(word)) {
 				t.Errorf("%q of %q is in it", word, s)
 			}
 		}
@@ -257,6 +257,14 @@ func hunt(t *testing.T, text string, secrets ...string) {
 			t.Errorf("%q is in it, in pieces", s)
 		}
 	}
+}
+
+// foundByChance tells whether random digits have word among them now and then,
+// as a recording's pseudonyms and hashes do: four that are all hexadecimal stand
+// in some thousand of them once in twenty runs. The first and the
+// last piece of an identifier have eight and twelve: these are looked for.
+func foundByChance(word string) bool {
+	return len(word) < 8 && strings.Trim(word, "0123456789abcdefABCDEF") == ""
 }
 
 func onlyLetters(s string) string {
