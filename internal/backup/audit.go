@@ -23,14 +23,28 @@ func (r *reader) audit(ctx context.Context) (bad, sampled int64, err error) {
 	}
 	sample := r.sample()
 	r.Log.Info("tracking audit", "vm", r.history.name, "disk", r.info.ID, "chunks", len(sample), "seed", r.seed)
-	unit := r.Repo.ChunkBytes()
+	unit, sampled := r.Repo.ChunkBytes(), int64(len(sample))
 	var differ, bytes atomic.Int64
-	err = r.pipeline(ctx, func(_ context.Context, emit func(task) error) error {
-		for _, i := range sample {
-			whole := extent.Extent{Off: i * unit, Len: chunk.Len(i, r.info.SizeBytes, unit)}
-			if err := emit(task{index: i, parts: []extent.Extent{whole}}); err != nil {
-				return err
+	err = r.pipeline(ctx, func(ctx context.Context, emit func(task) error) error {
+		for len(sample) > 0 {
+			off := sample[0] * unit / windowBytes * windowBytes
+			win := extent.Extent{Off: off, Len: min(windowBytes, r.info.SizeBytes-off)}
+			n, _ := slices.BinarySearch(sample, chunk.Count(win.End(), unit))
+			data, err := r.src.Data(ctx, win)
+			if err != nil {
+				return sourceError{err}
 			}
+			for _, i := range sample[:n] {
+				whole := r.whole(i)
+				if empty, err := r.emptyAsEver(ctx, i, data.Within(whole)); err != nil {
+					return err
+				} else if empty {
+					bytes.Add(whole.Len)
+				} else if err := emit(task{index: i, parts: []extent.Extent{whole}}); err != nil {
+					return err
+				}
+			}
+			sample = sample[n:]
 		}
 		return nil
 	}, func(ctx context.Context, t task, buf []byte) error {
@@ -50,7 +64,18 @@ func (r *reader) audit(ctx context.Context) (bad, sampled int64, err error) {
 		return nil
 	})
 	r.auditBytes += bytes.Load()
-	return differ.Load(), int64(len(sample)), err
+	return differ.Load(), sampled, err
+}
+
+// emptyAsEver says whether chunk i, of which the source has data, is known to be
+// the zeros that the previous point has there: what the source has no data of
+// need not be read to see that.
+func (r *reader) emptyAsEver(ctx context.Context, i int64, data extent.Set) (bool, error) {
+	if data.Bytes() > 0 {
+		return false, nil
+	}
+	_, hole, err := r.out.Previous(ctx, i)
+	return hole, err
 }
 
 // sample chooses the chunks to audit: a share of the untouched ones, at least

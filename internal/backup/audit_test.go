@@ -120,7 +120,7 @@ func TestAuditSample(t *testing.T) {
 		least   int
 		want    int64
 	}{
-		{"the default share, rounded up", 8001, 1, 0, 0, 40},
+		{"the default share, rounded up", 3401, 1, 0, 0, 17}, // of 3400, and 16 would be the least
 		{"at least sixteen", 1000, 10, 0, 0, 16},
 		{"all if there are fewer", 20, 10, 0, 0, 10},
 		{"nothing is unchanged", 10, 10, 0, 0, 0},
@@ -131,6 +131,7 @@ func TestAuditSample(t *testing.T) {
 	} {
 		t.Run(strings.ReplaceAll(c.name, " ", "-"), func(t *testing.T) {
 			w := memWorld(t, c.chunks*unit)
+			w.fill("vda", c.chunks)
 			w.backUpSparse()
 			for i := range c.changed {
 				w.vm.Write("vda", i*unit, []byte{1})
@@ -153,11 +154,33 @@ func TestAuditSample(t *testing.T) {
 	}
 }
 
+// What the source has no data of is audited without being read.
+func TestAuditOfNothing(t *testing.T) {
+	const chunks = 10_000
+	w := memWorld(t, chunks*unit)
+	w.vm.Write("vda", 5*unit, []byte{1})
+	w.backUpSparse()
+	w.vm.Write("vda", 0, []byte{1})
+	w.vm.TakeReads("vda")
+	r := w.mustOpen()
+	defer r.Close()
+	o := backup.Options{Repo: r, Now: w.clock.now, Audit: 1}
+	d := w.wantDisk(backup.Run(t.Context(), o, []backup.Job{w.job()})[0], point.Incremental, "")
+	if want := int64(chunks-1) * unit; d.Stats.AuditBytes != want {
+		t.Errorf("%d bytes audited, want %d", d.Stats.AuditBytes, want)
+	}
+	_, what := w.vm.TakeReads("vda")
+	if want := int64(unit + grain); what.Bytes() != want || d.Stats.ReadBytes != want {
+		t.Errorf("%d bytes read, stats say %d, want what was written and the one chunk with data: %d", what.Bytes(), d.Stats.ReadBytes, want)
+	}
+}
+
 // The sample is another in every run, the same for the same seed, and the seed
 // is in the log.
 func TestAuditSampleIsRandom(t *testing.T) {
 	const chunks = 400
 	w := memWorld(t, chunks*unit)
+	w.fill("vda", chunks)
 	w.backUpSparse()
 	r := w.mustOpen()
 	defer r.Close()

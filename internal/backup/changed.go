@@ -104,20 +104,12 @@ func (r *reader) whole(index int64) extent.Extent {
 // untouchedData are the chunks of win, which begins with a chunk, that tracking
 // calls unchanged and that the previous point has as data.
 func (r *reader) untouchedData(ctx context.Context, win extent.Extent) (list []int64, err error) {
-	unit := r.Repo.ChunkBytes()
-	for i := win.Off / unit; i < chunk.Count(win.End(), unit); i++ {
-		if r.touched.has(i) {
-			continue
-		}
-		_, hole, err := r.out.Previous(ctx, i)
-		if err != nil {
-			return nil, err
-		}
-		if !hole {
+	err = r.out.PreviousData(ctx, win, func(i int64) {
+		if !r.touched.has(i) {
 			list = append(list, i)
 		}
-	}
-	return list, nil
+	})
+	return list, err
 }
 
 // lostZeros makes holes of those chunks of which the source has no data, and

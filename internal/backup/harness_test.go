@@ -225,6 +225,14 @@ func (w *world) wantClean(n int) {
 	}
 }
 
+// fill gives each chunk of a disk a byte of data.
+func (w *world) fill(disk vm.DiskID, chunks int64) {
+	for i := range chunks {
+		w.vm.Write(disk, i*unit+unit/2, []byte{1})
+	}
+}
+
+// memWorld is a world with one empty disk and a repository in memory.
 func memWorld(t *testing.T, diskBytes int64) *world {
 	t.Helper()
 	w := newWorld(t, mem.New())

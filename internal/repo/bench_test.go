@@ -134,3 +134,44 @@ func BenchmarkFetch(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkRefill is what an incremental costs the repository for chunks of
+// which the guest changed 64 KiB: read, filled, named, and stored as overlays.
+func BenchmarkRefill(b *testing.B) {
+	data := benchData(b)
+	r := benchRepo(b, mem.New())
+	s, w := benchDisk(b, r, data)
+	putAll(b, w, data)
+	m, err := w.Finish(bg)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := s.Commit(bg, newPoint("web01", m, int64(len(data)))); err != nil {
+		b.Fatal(err)
+	}
+	const size, part = chunk.DefaultBytes, 64 << 10
+	b.SetBytes(int64(len(data)))
+	b.ReportAllocs()
+	buf := make([]byte, size)
+	for n := 0; b.Loop(); n++ {
+		s, err := r.Begin(bg, SessionOptions{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		w, err := s.Disk(bg, int64(len(data)), m)
+		if err != nil {
+			b.Fatal(err)
+		}
+		for i := range int64(len(data) / size) {
+			if err := w.ReadPrevious(bg, i, buf); err != nil {
+				b.Fatal(err)
+			}
+			at := i * part % size
+			copy(buf[at:at+part], data[(i*7919+int64(n)*104729+4321)%(int64(len(data))-part):])
+			if p, err := w.Put(bg, i, buf); err != nil || p.Kind != New {
+				b.Fatal(p, err)
+			}
+		}
+		s.Abort(bg)
+	}
+}

@@ -12,7 +12,7 @@ import (
 func TestMain(m *testing.M) {
 	// Nobody waits in these tests for a person's time.
 	beatEvery, pollEvery, patience = 10*time.Millisecond, time.Millisecond, 5*time.Second
-	lookEvery = 0
+	lookEvery, poison = 0, true
 	os.Exit(m.Run())
 }
 

@@ -21,8 +21,11 @@ const (
 // place makes sure that the repository has the chunk id, which is plain, and
 // says how the manifest is to refer to it: as an overlay where that takes less.
 func (w *DiskWriter) place(ctx context.Context, pw *pack.Worker, index int64, id chunk.ID, plain []byte) (ref, Put, error) {
-	defer w.bases.drop(index)
 	s := w.s
+	on := w.bases.take(index) // what an overlay would be on, if that was read already
+	if on != nil {
+		defer s.r.plains.put(on)
+	}
 	h, err := s.r.held(ctx)
 	if err != nil {
 		return ref{}, Put{}, err
@@ -30,7 +33,7 @@ func (w *DiskWriter) place(ctx context.Context, pw *pack.Worker, index int64, id
 	prev, hole, err := w.previous(ctx, index)
 	had := err == nil && !hole // a previous point that cannot be read is of no use
 	if had && prev.id == id && prev.overlay() {
-		return w.keep(ctx, pw, h, index, prev, plain)
+		return w.keep(ctx, pw, h, prev, plain, on)
 	}
 	known := true
 	if had && prev.id != id && s.overlays && chunk.Len(index, w.prev.Size(), s.r.conf.ChunkBytes) == int64(len(plain)) {
@@ -43,7 +46,7 @@ func (w *DiskWriter) place(ctx context.Context, pw *pack.Worker, index int64, id
 		if prev.overlay() {
 			c.base = prev.base // an overlay is never on another
 		}
-		if put, ok, err := w.overlay(ctx, pw, h, index, c, plain); ok || err != nil {
+		if put, ok, err := w.overlay(ctx, pw, h, c, plain, on); ok || err != nil {
 			return c, put, err
 		}
 	}
@@ -62,9 +65,10 @@ func (w *DiskWriter) storeWhole(ctx context.Context, pw *pack.Worker, id chunk.I
 	return Put{Kind: New, StoredBytes: bytes}, nil
 }
 
-// overlay stores c as an overlay. If that is not worth its while, or there is
-// no sound base, ok is false and nothing happened.
-func (w *DiskWriter) overlay(ctx context.Context, pw *pack.Worker, h *holdings, index int64, c ref, plain []byte) (put Put, ok bool, err error) {
+// overlay stores c as an overlay on on, which it reads if it is nil. If that is
+// not worth its while, or there is no sound base, ok is false and nothing
+// happened.
+func (w *DiskWriter) overlay(ctx context.Context, pw *pack.Worker, h *holdings, c ref, plain, on []byte) (put Put, ok bool, err error) {
 	s := w.s
 	if _, sound, err := s.r.stores(ctx, h, c.base); err != nil || !sound {
 		return put, false, err
@@ -73,9 +77,12 @@ func (w *DiskWriter) overlay(ctx context.Context, pw *pack.Worker, h *holdings, 
 	if known, err := s.knows(ctx, h, id); err != nil || known {
 		return Put{Kind: Known}, known, err
 	}
-	on, err := w.base(ctx, pw, index, c.base, int64(len(plain)))
-	if err != nil || on == nil {
-		return put, false, err
+	if on == nil {
+		o := &opener{r: s.r, w: pw, plain: s.r.plains.get(int(s.r.conf.ChunkBytes))}
+		defer func() { s.r.plains.put(o.plain) }()
+		if on, err = w.base(ctx, o, c.base, int64(len(plain))); err != nil || on == nil {
+			return put, false, err
+		}
 	}
 	e, record, ok, err := pw.SealOverlay(c.id, c.base, plain, on, s.level > 0)
 	if err != nil || !ok {
@@ -86,7 +93,7 @@ func (w *DiskWriter) overlay(ctx context.Context, pw *pack.Worker, h *holdings, 
 	// What changed may be nearly all that does not compress away: then the
 	// whole is hardly larger, and is read at once. Most are clearly smaller
 	// than their base, and so than the whole.
-	if at, _, found, err := h.find(ctx, c.base); err != nil || !found || e.CLen > at.CLen/2 {
+	if at, _, found, err := h.find(ctx, c.base); err != nil || !found || e.CLen > at.CLen/8*5 {
 		record = slices.Clone(record)
 		whole, _, err := pw.Seal(c.id, plain, s.level > 0)
 		if err != nil {
@@ -105,18 +112,14 @@ func (w *DiskWriter) overlay(ctx context.Context, pw *pack.Worker, h *holdings, 
 	return Put{Kind: New, StoredBytes: e.Bytes()}, true, nil
 }
 
-// base gives the chunk id that an overlay is to be on: as it was read to fill
-// the chunk at index, or else from the store. It is nil where it cannot be had,
-// or probably not be used.
-func (w *DiskWriter) base(ctx context.Context, pw *pack.Worker, index int64, id chunk.ID, bytes int64) ([]byte, error) {
-	if plain := w.bases.get(index); plain != nil {
-		return plain, nil
-	}
+// base reads the chunk id that an overlay is to be on. It is nil where it
+// cannot be had, or probably not be used.
+func (w *DiskWriter) base(ctx context.Context, o *opener, id chunk.ID, bytes int64) ([]byte, error) {
 	if n := w.bases.missed.Load(); n >= missesInARow && n%tryEvery != 0 {
 		w.bases.missed.Add(1)
 		return nil, nil
 	}
-	plain, err := w.s.r.readChunk(ctx, pw, ref{id: id}, bytes)
+	plain, _, err := o.read(ctx, ref{id: id}, bytes)
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -130,7 +133,7 @@ func (w *DiskWriter) base(ctx context.Context, pw *pack.Worker, index int64, id 
 // and which is plain, is still all there. If its base is lost, it is stored
 // twice: with a record of its own for this point and later ones, and as an
 // overlay that needs no base for those before.
-func (w *DiskWriter) keep(ctx context.Context, pw *pack.Worker, h *holdings, index int64, c ref, plain []byte) (ref, Put, error) {
+func (w *DiskWriter) keep(ctx context.Context, pw *pack.Worker, h *holdings, c ref, plain, on []byte) (ref, Put, error) {
 	s := w.s
 	id := s.r.recordID(c)
 	there, err := s.knows(ctx, h, id)
@@ -145,7 +148,7 @@ func (w *DiskWriter) keep(ctx context.Context, pw *pack.Worker, h *holdings, ind
 		return c, Put{Kind: Same}, nil
 	}
 	if based {
-		put, ok, err := w.overlay(ctx, pw, h, index, c, plain)
+		put, ok, err := w.overlay(ctx, pw, h, c, plain, on)
 		if err != nil {
 			return c, put, err
 		}
@@ -176,7 +179,7 @@ func (w *DiskWriter) keep(ctx context.Context, pw *pack.Worker, h *holdings, ind
 }
 
 // bases are chunks that were read to fill others, until those are put: one for
-// each worker. It is safe for concurrent use.
+// each worker. Whoever takes one has it alone. It is safe for concurrent use.
 type bases struct {
 	missed atomic.Int64 // chunks in a row that became no overlay
 
@@ -187,27 +190,27 @@ type bases struct {
 // mostBases bounds what is kept for chunks that are never put.
 const mostBases = 64
 
-func (b *bases) keep(index int64, plain []byte) {
+// keep says whether it keeps plain.
+func (b *bases) keep(index int64, plain []byte) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.m == nil {
 		b.m = map[int64][]byte{}
 	}
-	if len(b.m) < mostBases && plain != nil {
-		b.m[index] = plain
+	if len(b.m) >= mostBases {
+		return false
 	}
+	b.m[index] = plain
+	return true
 }
 
-func (b *bases) get(index int64) []byte {
+// take gives what is kept for index, or nil, and keeps it no longer.
+func (b *bases) take(index int64) []byte {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.m[index]
-}
-
-func (b *bases) drop(index int64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	plain := b.m[index]
 	delete(b.m, index)
+	return plain
 }
 
 func (b *bases) clear() {

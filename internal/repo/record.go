@@ -29,7 +29,7 @@ func (r *Repository) recordID(c ref) chunk.ID {
 	if !c.overlay() {
 		return c.id
 	}
-	return r.keys.Meta.OverlayID(c.id, c.base)
+	return r.overlays.ID(c.id, c.base)
 }
 
 // pack gives the n-th pack.
@@ -203,9 +203,10 @@ func (r *Repository) readOverlays(ctx context.Context, h *holdings, layers []run
 	return out, nil
 }
 
-// readRecord reads the record id in new memory and calls open with it, and with
-// where it lies; nil stands for one that its pack is too short for. Open is
-// called again where what it found damaged turns out to lie elsewhere.
+// readRecord reads the record id and calls open with it, and with where it lies;
+// nil stands for one that its pack is too short for. Its memory is valid until
+// open returns. Open is called again where what it found damaged turns out to
+// lie elsewhere.
 func (r *Repository) readRecord(ctx context.Context, id chunk.ID, open func(h *holdings, at index.Place, record []byte) error) error {
 	for try := 0; ; try++ {
 		wants := []want{{ref: ref{id: id}}}
@@ -215,11 +216,12 @@ func (r *Repository) readRecord(ctx context.Context, id chunk.ID, open func(h *h
 		}
 		at := wants[0].place
 		p := h.pack(at.Pack)
-		record := make([]byte, pack.RecordOverhead+int64(at.CLen))
-		n, err := r.st.ReadAt(ctx, p.name(), record, int64(at.Off))
+		buf := r.sealed.get(pack.RecordOverhead + int(at.CLen))
+		n, err := r.st.ReadAt(ctx, p.name(), buf, int64(at.Off))
 		switch {
 		case errors.Is(err, fault.ErrNotFound) && try == 0:
 			// A vacuum moved it since we loaded the index.
+			r.sealed.put(buf)
 			if _, err := r.reload(ctx, h); err != nil {
 				return err
 			}
@@ -227,10 +229,12 @@ func (r *Repository) readRecord(ctx context.Context, id chunk.ID, open func(h *h
 		case err != nil && !errors.Is(err, io.EOF):
 			return fmt.Errorf("%s: %w", packLabel(p.id), err)
 		}
-		if n < len(record) {
+		record := buf
+		if n < len(buf) {
 			record = nil
 		}
 		err = open(h, at, record)
+		r.sealed.put(buf)
 		if errors.Is(err, fault.ErrCorrupt) && try == 0 {
 			elsewhere, cerr := r.correct(ctx, h, id, at)
 			if cerr != nil {
@@ -244,17 +248,18 @@ func (r *Repository) readRecord(ctx context.Context, id chunk.ID, open func(h *h
 	}
 }
 
-// readChunk reads one chunk of want bytes, in new memory.
+// readChunk reads one chunk of that many bytes, in new memory.
 func (r *Repository) readChunk(ctx context.Context, w *pack.Worker, c ref, bytes int64) ([]byte, error) {
-	plain, _, err := r.readBoth(ctx, w, c, bytes)
+	o := &opener{r: r, w: w}
+	plain, _, err := o.read(ctx, c, bytes)
 	return plain, err
 }
 
-// readBoth is readChunk and gives also the chunk that an overlay on this one's
-// record would have as its base: its own base, or itself. It is nil where that
-// was not read.
-func (r *Repository) readBoth(ctx context.Context, w *pack.Worker, c ref, bytes int64) (plain, base []byte, err error) {
-	o := &opener{r: r, w: w}
+// read reads one chunk of that many bytes, proven by its id. It gives also the
+// chunk that an overlay on this one's record would have as its base: its own
+// base, or itself. That is nil where it was not read, and lies in o.plain
+// otherwise.
+func (o *opener) read(ctx context.Context, c ref, bytes int64) (plain, base []byte, err error) {
 	if c.overlay() {
 		plain, base, err = o.readLayers(ctx, c)
 	} else {

@@ -37,10 +37,11 @@ const packsInFlight = 2
 // A Repository is one open repository. All methods are safe for concurrent
 // use.
 type Repository struct {
-	st   blob.Store
-	id   [16]byte
-	conf config
-	keys *seal.Keys // nil when opened without
+	st       blob.Store
+	id       [16]byte
+	conf     config
+	keys     *seal.Keys // nil when opened without
+	overlays *seal.Overlays
 
 	mem    *pack.Memory
 	flight chan struct{} // one place for each pack being stored
@@ -65,6 +66,8 @@ type Repository struct {
 	records map[string]*record // restore points read so far, by object name
 	strays  []string           // records, when they were last listed, that no session stored under their name
 
+	plains, sealed spares // of chunks and records that are read one by one
+
 	epochMu sync.Mutex
 	epochs  map[int64]*epoch // read lately
 
@@ -83,7 +86,7 @@ func Open(ctx context.Context, st blob.Store, k Key) (*Repository, error) {
 	if err != nil {
 		return nil, err
 	}
-	r.keys = got.derived
+	r.keys, r.overlays = got.derived, got.derived.Meta.Overlays()
 	return r, nil
 }
 

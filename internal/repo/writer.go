@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/backstay/backstay/internal/chunk"
+	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/repo/internal/manifest"
@@ -156,8 +157,25 @@ func (w *DiskWriter) previous(ctx context.Context, index int64) (c ref, hole boo
 	return w.prev.ref(ctx, index)
 }
 
+// PreviousData calls fn with each chunk that within touches and of which the
+// previous point has data, in ascending order. What has no data costs nothing.
+func (w *DiskWriter) PreviousData(ctx context.Context, within extent.Extent, fn func(index int64)) error {
+	if w.prev == nil {
+		return nil
+	}
+	first, end, err := w.prev.within(within.Intersect(extent.Extent{Len: w.prev.Size()}))
+	if err != nil {
+		return err
+	}
+	return w.prev.walk(ctx, first, end, func(index int64, _ ref) error {
+		fn(index)
+		return nil
+	})
+}
+
 // ReadPrevious fills buf with the previous point's chunk index, verified by
-// id, and with zeros where that ends.
+// id, and with zeros where that ends. What is in buf after an error is nothing
+// to rely on.
 func (w *DiskWriter) ReadPrevious(ctx context.Context, index int64, buf []byte) error {
 	c, hole, err := w.previous(ctx, index)
 	if err != nil {
@@ -168,13 +186,18 @@ func (w *DiskWriter) ReadPrevious(ctx context.Context, index int64, buf []byte) 
 		r := w.s.r
 		pw := r.worker(readLevel)
 		defer r.idle(readLevel, pw)
-		plain, base, err := r.readBoth(ctx, pw, c, chunk.Len(index, w.prev.Size(), r.conf.ChunkBytes))
+		o := &opener{r: r, w: pw, plain: r.plains.get(int(r.conf.ChunkBytes)), over: buf[:len(buf):len(buf)]}
+		plain, base, err := o.read(ctx, c, chunk.Len(index, w.prev.Size(), r.conf.ChunkBytes))
+		if err == nil {
+			if n = min(len(buf), len(plain)); n > 0 && &plain[0] != &buf[0] {
+				copy(buf, plain)
+			}
+		}
+		if err != nil || base == nil || !w.s.overlays || !w.bases.keep(index, base) {
+			r.plains.put(o.plain)
+		}
 		if err != nil {
 			return err
-		}
-		n = copy(buf, plain)
-		if w.s.overlays {
-			w.bases.keep(index, base)
 		}
 	}
 	clear(buf[n:])

@@ -145,17 +145,17 @@ func key(meta *seal.Key, salt [16]byte) *seal.Key {
 
 // A coder encodes and decodes pages. It is not safe for concurrent use.
 type coder struct {
-	header []byte
-	meta   *seal.Key
-	key    *seal.Key // from meta, for this manifest alone
-	codec  *zstd.Codec
-	aad    []byte
-	plain  []byte
-	frame  []byte
+	header   []byte
+	overlays *seal.Overlays
+	key      *seal.Key // from meta, for this manifest alone
+	codec    *zstd.Codec
+	aad      []byte
+	plain    []byte
+	frame    []byte
 }
 
 func newCoder(header []byte, salt [16]byte, meta *seal.Key) *coder {
-	return &coder{header: header, meta: meta, key: key(meta, salt), codec: zstd.New(1)}
+	return &coder{header: header, overlays: meta.Overlays(), key: key(meta, salt), codec: zstd.New(1)}
 }
 
 // encode gives page no.
@@ -168,7 +168,7 @@ func (c *coder) encode(no int64, p Page) ([]byte, error) {
 			continue
 		}
 		if base := p.Base(i); base != (chunk.ID{}) {
-			id = c.meta.OverlayID(id, base)
+			id = c.overlays.ID(id, base)
 			ids = append(ids, base)
 			overlays = true
 		}
@@ -287,7 +287,7 @@ func (c *coder) decode(b []byte, no int64, n int) (p Page, err error) {
 		case overlay && !is:
 			return p, fmt.Errorf("page %d gives a hole a base", no)
 		case overlay:
-			p.Set(i, c.meta.OverlayID(id, base), base)
+			p.Set(i, c.overlays.ID(id, base), base)
 		case is:
 			p.Set(i, id, chunk.ID{})
 		}

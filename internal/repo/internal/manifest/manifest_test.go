@@ -120,7 +120,7 @@ func TestVectors(t *testing.T) {
 				}
 				if want.Bases != nil && want.Bases[k] > 0 {
 					on = chunk.ID(want.List[want.Bases[k]-1])
-					record = meta.OverlayID(record, on)
+					record = meta.Overlays().ID(record, on)
 				}
 				if p.Data[k] != (at > 0) || at > 0 && (p.IDs[k] != record || p.Base(k) != on) {
 					t.Errorf("page %d position %d is wrong", want.No, k)
@@ -260,7 +260,7 @@ func TestPagesWithOverlays(t *testing.T) {
 			t.Fatalf("%d overlays: %d ids, %v", overlays, len(needs), err)
 		}
 		for i := range overlays {
-			for _, id := range []chunk.ID{p.Bases[i], meta.OverlayID(p.IDs[i], p.Bases[i])} {
+			for _, id := range []chunk.ID{p.Bases[i], meta.Overlays().ID(p.IDs[i], p.Bases[i])} {
 				if !slices.Contains(needs, id) {
 					t.Fatalf("%d overlays: the list lacks what position %d needs", overlays, i)
 				}

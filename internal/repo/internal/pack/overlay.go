@@ -141,7 +141,7 @@ func (w *Worker) overlayBody(base chunk.ID, n int) []byte {
 }
 
 func (w *Worker) sealOverlay(id, base chunk.ID, body, blocks []byte, plen int, compress bool) (Entry, []byte, error) {
-	e := Entry{ID: w.meta.OverlayID(id, base), PLen: uint32(plen), Encoding: Overlay}
+	e := Entry{ID: w.overlays.ID(id, base), PLen: uint32(plen), Encoding: Overlay}
 	if compress {
 		if n := zstd.Bound(len(blocks)); cap(w.frame) < n {
 			w.frame = make([]byte, n)
@@ -230,7 +230,7 @@ func (w *Worker) Apply(p *Patch, plain []byte) error {
 		}
 		fresh = fresh[len(dst):]
 	}
-	if w.meta.OverlayID(w.ID(plain), p.Base) != p.Record {
+	if w.overlays.ID(w.ID(plain), p.Base) != p.Record {
 		return errors.New("chunk does not match the overlay's id")
 	}
 	return nil

@@ -37,7 +37,7 @@ func (v *vector) id(w *Worker, r record) chunk.ID {
 		return w.ID(r.Chunk)
 	}
 	meta := seal.Key(v.MetaKey)
-	return meta.OverlayID(w.ID(r.Chunk), chunk.ID(r.Base))
+	return meta.Overlays().ID(w.ID(r.Chunk), chunk.ID(r.Base))
 }
 
 func (v *vector) build(t testing.TB) (sum [32]byte, file []byte) {

@@ -18,21 +18,21 @@ import (
 // A Worker names, seals and opens chunks with memory of its own. It is not
 // safe for concurrent use: every goroutine has one.
 type Worker struct {
-	repo    [16]byte
-	idHash  *blake3.Hasher
-	keyHash *blake3.Hasher
-	codec   *zstd.Codec
-	meta    seal.Key
-	frame   []byte // a chunk compressed
-	blocks  []byte // those of an overlay
-	body    []byte // of an overlay
-	record  []byte
-	aad     []byte
+	repo     [16]byte
+	idHash   *blake3.Hasher
+	keyHash  *blake3.Hasher
+	codec    *zstd.Codec
+	overlays *seal.Overlays
+	frame    []byte // a chunk compressed
+	blocks   []byte // those of an overlay
+	body     []byte // of an overlay
+	record   []byte
+	aad      []byte
 }
 
 // NewWorker makes a worker for the repository with this id. Level is zstd's.
 func NewWorker(repo [16]byte, k *seal.Keys, level int) *Worker {
-	return &Worker{repo: repo, idHash: k.ID.Hasher(), keyHash: k.Data.Hasher(), meta: k.Meta, codec: zstd.New(level)}
+	return &Worker{repo: repo, idHash: k.ID.Hasher(), keyHash: k.Data.Hasher(), overlays: k.Meta.Overlays(), codec: zstd.New(level)}
 }
 
 // ID names the chunk that holds plain.

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 
 	"github.com/zeebo/blake3"
 )
@@ -83,11 +84,29 @@ func (k *Key) KeyedHash(parts ...[]byte) (sum [32]byte) {
 	return sum
 }
 
-// OverlayID gives the id of the record that holds chunk id as an overlay on
-// base, and of that record's id the chunk's again; k is the metadata key. Only
-// who has it can tell which chunk an overlay is of.
-func (k *Key) OverlayID(id, base [32]byte) [32]byte {
-	mask := k.KeyedHash([]byte("backstay v1 overlay"), base[:])
+// Overlays names the records of overlays. It is safe for concurrent use.
+type Overlays struct {
+	meta *Key
+	idle sync.Pool // of *blake3.Hasher: one takes longer to make than to use
+}
+
+// Overlays names records with the metadata key k.
+func (k *Key) Overlays() *Overlays { return &Overlays{meta: k} }
+
+// ID gives the id of the record that holds chunk id as an overlay on base, and
+// of that record's id the chunk's again. Only who has the metadata key can tell
+// which chunk an overlay is of.
+func (o *Overlays) ID(id, base [32]byte) [32]byte {
+	h, ok := o.idle.Get().(*blake3.Hasher)
+	if !ok {
+		h = o.meta.Hasher()
+	}
+	defer o.idle.Put(h)
+	h.Reset()
+	h.WriteString("backstay v1 overlay")
+	h.Write(base[:])
+	var mask [32]byte
+	h.Sum(mask[:0])
 	for i := range id {
 		id[i] ^= mask[i]
 	}
