@@ -185,7 +185,7 @@ func TestScripts(t *testing.T) {
 				for name, value := range map[string]string{"S3": at, "AWS_ACCESS_KEY_ID": "script", "AWS_SECRET_ACCESS_KEY": "script-secret", "AWS_REGION": "us-east-1"} {
 					ts.Setenv(name, value)
 				}
-				for range 200 {
+				for range 6000 {
 					if c, err := net.Dial("tcp", at); err == nil {
 						c.Close()
 						return
@@ -217,7 +217,7 @@ func TestScripts(t *testing.T) {
 					cmd.Process.Kill()
 					cmd.Wait()
 				})
-				for range 200 {
+				for range 6000 {
 					if c, err := net.Dial("tcp", at); err == nil {
 						c.Close()
 						return

@@ -52,7 +52,7 @@ func (d deepDisk) ReadAt(p []byte, off int64) (int, error) {
 	select {
 	case <-all:
 		return d.Disk.ReadAt(p, off)
-	case <-time.After(time.Minute):
+	case <-time.After(10 * time.Minute):
 		return 0, errors.New("the others were not asked for")
 	}
 }

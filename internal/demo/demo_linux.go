@@ -153,7 +153,7 @@ func (s *story) startGuest(ctx context.Context) error {
 
 // boot waits until a VM that start has started answers, and lets it speak.
 func (s *story) boot(ctx context.Context, start func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
 	if err := start(); err != nil {
 		return err

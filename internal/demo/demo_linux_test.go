@@ -63,7 +63,7 @@ func leftBehind(t *testing.T, dir string) (found []string) {
 // The whole story ends well, in the directory it was given, and leaves nothing.
 func TestDemo(t *testing.T) {
 	need(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Minute)
 	defer cancel()
 	dir := filepath.Join(t.TempDir(), "state")
 	var out bytes.Buffer
@@ -89,7 +89,7 @@ func TestDemo(t *testing.T) {
 // An interruption while the guest runs leaves nothing either.
 func TestDemoInterrupted(t *testing.T) {
 	need(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Minute)
 	defer cancel()
 	dir := filepath.Join(t.TempDir(), "state")
 	out := &cancelOn{word: "$ backstay backup", cancel: cancel}

@@ -7,6 +7,6 @@ answer=none
 if [ -s /run/workload.pid ] && [ -d "/proc/$(cat /run/workload.pid)" ]; then
 	exec 3<>/run/wl.ack
 	echo "$1" >/run/wl.ctl
-	read -r -t 5 answer <&3
+	read -r -t 60 answer <&3
 fi
 echo "LAB hook $1: $answer"

@@ -240,7 +240,7 @@ func (l *Libvirt) startDaemon(ctx context.Context) error {
 	}(l.daemon, l.ended)
 
 	// The first answer may take some seconds: libvirt asks QEMU what it can do.
-	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
 	for {
 		_, err := l.Virsh(ctx, "version", "--daemon")
@@ -320,7 +320,7 @@ func (l *Libvirt) endDaemon() error {
 	select {
 	case <-l.ended:
 		return nil
-	case <-time.After(5 * time.Second):
+	case <-time.After(time.Minute):
 		return fmt.Errorf("process %d survives being killed", l.daemon.Process.Pid)
 	}
 }
@@ -333,7 +333,7 @@ func (l *Libvirt) Stop() error {
 		return nil
 	}
 	// Cleaning up has a time of its own: the caller's is often over.
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	var errs []error
 	if l.daemon != nil {

@@ -23,7 +23,7 @@ func TestMain(m *testing.M) {
 	if dir == "" {
 		os.Exit(m.Run())
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	defer cancel()
 	err := func() error {
 		g, err := Build(ctx, "", BuildOptions{})
@@ -67,7 +67,7 @@ func TestLabEndsWithItsOwner(t *testing.T) {
 	if len(running) < 3 {
 		t.Errorf("of keeper, libvirtd and QEMU only %q were running", running)
 	}
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(5 * time.Minute); ; time.Sleep(100 * time.Millisecond) {
 		left := processesOf(t, dir)
 		if len(left) == 0 {
 			return

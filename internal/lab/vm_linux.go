@@ -224,7 +224,7 @@ func (v *VM) Shutdown(ctx context.Context) error {
 	_, err := v.virsh(ctx, "shutdown", "--mode", "agent")
 	if err != nil {
 		// A guest that is off before its agent has answered did what it was asked.
-		late, cancel := context.WithTimeout(ctx, 30*time.Second)
+		late, cancel := context.WithTimeout(ctx, 5*time.Minute)
 		defer cancel()
 		if v.waitState(late, "shut off") != nil {
 			return err

@@ -78,7 +78,7 @@ func serve(t *testing.T, name string, args ...string) (Target, *exec.Cmd) {
 			t.Logf("%s said: %s", name, log.String())
 		}
 	})
-	for range 1000 {
+	for range 30_000 {
 		if _, err := os.Stat(ready); err == nil {
 			return Target{Network: "unix", Address: sock}, cmd
 		}
@@ -94,7 +94,7 @@ func serve(t *testing.T, name string, args ...string) (Target, *exec.Cmd) {
 
 func dialT(t *testing.T, target Target) *Client {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	c, err := Dial(ctx, target)
 	if err != nil {
@@ -332,7 +332,8 @@ func TestRequestsArePipelined(t *testing.T) {
 	c := dialT(t, target)
 	start := time.Now()
 	var wg sync.WaitGroup
-	for i := range int64(12) {
+	const reads = 40 // of which the server carries out 16 at once
+	for i := range int64(reads) {
 		wg.Go(func() {
 			if _, err := c.ReadAt(make([]byte, 4096), i*4096); err != nil {
 				t.Error(err)
@@ -340,8 +341,8 @@ func TestRequestsArePipelined(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if d := time.Since(start); d > 11*time.Second {
-		t.Errorf("12 reads of 1 s each, one after the other, took %v", d)
+	if d := time.Since(start); d >= reads*time.Second {
+		t.Errorf("%d reads of 1 s each took %v, as one after the other", reads, d)
 	}
 }
 
@@ -385,7 +386,7 @@ func TestServerKilledInTheMiddle(t *testing.T) {
 			if err == nil {
 				t.Error("a read from a dead server was good")
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(50 * time.Second):
 			t.Fatal("somebody waits for a dead server")
 		}
 	}
@@ -393,7 +394,7 @@ func TestServerKilledInTheMiddle(t *testing.T) {
 
 func TestCancelledReadReturnsAtOnce(t *testing.T) {
 	file, content := sparse(t, 1<<20, 0)
-	target, _ := serve(t, "nbdkit", "--readonly", "--filter=delay", "file", file, "rdelay=300ms")
+	target, _ := serve(t, "nbdkit", "--readonly", "--filter=delay", "file", file, "rdelay=1500ms")
 	c := dialT(t, target)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()

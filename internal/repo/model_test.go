@@ -264,7 +264,7 @@ func TestStreamsShareLittleMemory(t *testing.T) {
 	mustInit(t, st)
 	r := mustOpen(t, st)
 	r.mem = newTestMemory(6 << 20)
-	ctx, cancel := context.WithTimeout(bg, time.Minute)
+	ctx, cancel := context.WithTimeout(bg, 10*time.Minute)
 	defer cancel()
 	var wg sync.WaitGroup
 	for i := range 6 {

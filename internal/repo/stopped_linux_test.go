@@ -104,6 +104,20 @@ func TestStoppedWriters(t *testing.T) {
 	}
 }
 
+// told is what a process says; begun is closed at the first of it.
+type told struct {
+	text  []byte
+	begun chan struct{}
+}
+
+func (o *told) Write(p []byte) (int, error) {
+	if len(o.text) == 0 {
+		close(o.begun)
+	}
+	o.text = append(o.text, p...)
+	return len(p), nil
+}
+
 func stopOne(t *testing.T, seed uint64) string {
 	rnd := rand.New(rand.NewPCG(seed, 3))
 	dir := t.TempDir()
@@ -129,12 +143,19 @@ func stopOne(t *testing.T, seed uint64) string {
 		t.Error(err)
 		return ""
 	}
-	var out, errs bytes.Buffer
+	var errs bytes.Buffer
+	out := &told{begun: make(chan struct{})}
 	cmd := player(dir, "writer", "vm", seed)
-	cmd.Stdout, cmd.Stderr = &out, &errs
+	cmd.Stdout, cmd.Stderr = out, &errs
 	if err := cmd.Start(); err != nil {
 		t.Error(err)
 		return ""
+	}
+	if seed%5 > 0 { // else it may be stopped before it has begun, as all would be by a busy machine
+		select {
+		case <-out.begun:
+		case <-time.After(5 * time.Minute): // then it has nothing to say, which is an error below
+		}
 	}
 	time.Sleep(time.Duration(rnd.IntN(500)) * time.Millisecond)
 	_ = cmd.Process.Signal(syscall.SIGSTOP)
@@ -158,12 +179,12 @@ func stopOne(t *testing.T, seed uint64) string {
 	}
 	said := "killed"
 	switch {
-	case bytes.Contains(out.Bytes(), []byte("committed")):
+	case bytes.Contains(out.text, []byte("committed")):
 		said = "committed"
-	case bytes.Contains(out.Bytes(), []byte("fenced")):
+	case bytes.Contains(out.text, []byte("fenced")):
 		said = "fenced"
 	case !kill || err == nil:
-		t.Errorf("seed %d: the writer said %q, %q: %v", seed, &out, &errs, err)
+		t.Errorf("seed %d: the writer said %q, %q: %v", seed, out.text, &errs, err)
 	}
 	for range 2 {
 		fresh, err := Open(bg, st, testKey)

@@ -64,7 +64,7 @@ func TestKilledAgainAndAgain(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		for range 400 {
+		for range 12_000 {
 			if c, err := net.Dial("tcp", addr); err == nil {
 				c.Close()
 				return cmd
@@ -134,6 +134,11 @@ func TestKilledAgainAndAgain(t *testing.T) {
 		server = start()
 	}
 	time.Sleep(100 * time.Millisecond)
+	waitFor(t, "something to be stored", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(stored) > 0
+	})
 	cancel()
 	clients.Wait()
 	st, err := remote.Open(t.Context(), remote.Location{Host: addr, Repo: "r"}, tok)

@@ -171,7 +171,7 @@ func hold(t *testing.T, path, format string, args ...string) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { cmd.Process.Kill(); cmd.Wait(); os.RemoveAll(dir) })
-	for range 500 {
+	for range 30_000 {
 		// It listens before it opens the image, and talks after.
 		if c, err := nbd.Dial(t.Context(), nbd.Target{Network: "unix", Address: sock}); err == nil {
 			t.Cleanup(func() { c.Close() })

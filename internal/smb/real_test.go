@@ -130,6 +130,8 @@ func TestReads(t *testing.T) {
 	}
 	t.Run("many at once", func(t *testing.T) { readers(t, f, content, 8, 5) })
 	t.Run("front to back", func(t *testing.T) {
+		c := dial(t, target(s)) // for which nothing is on its way any more
+		f := openFile(t, c, "disk.vhdx")
 		before := c.BytesRead()
 		got, err := io.ReadAll(io.NewSectionReader(f, 0, f.Bytes()))
 		if err != nil || !bytes.Equal(got, content) {
@@ -153,6 +155,8 @@ func TestReads(t *testing.T) {
 		}
 	})
 	t.Run("scattered reads take nothing along", func(t *testing.T) {
+		c := dial(t, target(s))
+		f := openFile(t, c, "disk.vhdx")
 		before := c.BytesRead()
 		p := make([]byte, 64<<10)
 		for i := range int64(100) {
@@ -300,6 +304,7 @@ func TestReplacedDuringAnOutage(t *testing.T) {
 			put(t, s, "disk.vhdx", 1<<20)
 			f := openFile(t, dial(t, target(s)), "disk.vhdx")
 			s.Kill()
+			time.Sleep(20 * time.Millisecond) // the clock of file systems is that coarse
 			err := change()
 			if err = errors.Join(err, s.Run(t.Context())); err != nil {
 				t.Fatal(err)

@@ -67,11 +67,11 @@ func TestLibvirtDoesNotAnswer(t *testing.T) {
 	c := newConn(uri)
 	start := time.Now()
 	err = c.do(context.Background(), 200*time.Millisecond, func(*libvirt.Libvirt) error { return nil })
-	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 5*time.Second {
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 2*time.Minute {
 		t.Errorf("%v after %v", err, time.Since(start))
 	}
 	go func() { time.Sleep(100 * time.Millisecond); (<-hang).Close(); (<-hang).Close() }()
-	err = c.do(context.Background(), 10*time.Second, func(*libvirt.Libvirt) error { return nil })
+	err = c.do(context.Background(), 5*time.Minute, func(*libvirt.Libvirt) error { return nil })
 	if !errors.Is(err, errLost) {
 		t.Errorf("a libvirt that hung up: %v", err)
 	}

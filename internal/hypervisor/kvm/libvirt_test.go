@@ -72,7 +72,7 @@ func newHost(t *testing.T) *host {
 	if bench.err != nil {
 		t.Fatal(bench.err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
 	t.Cleanup(cancel)
 	h := &host{T: t, ctx: ctx, lab: bench.lab, web: bench.web}
 	h.Driver = h.open(t.TempDir())
@@ -102,7 +102,7 @@ func needLibvirt(t *testing.T) {
 }
 
 func startBench() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute) // other labs may have to end first
+	ctx, cancel := context.WithTimeout(context.Background(), 25*time.Minute) // other labs may have to end first
 	defer cancel()
 	dir, err := os.MkdirTemp("", "bskvm")
 	if err != nil {

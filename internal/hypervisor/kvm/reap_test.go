@@ -72,7 +72,7 @@ func TestLockOfACleanerIsWaitedFor(t *testing.T) {
 	}
 	defer mine.Unlock()
 	start := time.Now()
-	if _, err := d.lock(dom); !errors.Is(err, fault.ErrLocked) || time.Since(start) > 4*time.Second {
+	if _, err := d.lock(dom); !errors.Is(err, fault.ErrLocked) || time.Since(start) > reapOthersTimeout {
 		t.Errorf("a running backup: %v after %v", err, time.Since(start))
 	}
 	if other, who, err := d.tryLock(dom, tidying); other != nil || err != nil || !strings.HasPrefix(who, "process ") {

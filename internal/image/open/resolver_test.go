@@ -93,7 +93,7 @@ func TestResolverStaysBeneath(t *testing.T) {
 			kind := open.DirResolver{Dir: dir, Plain: i == 0, ByBase: i == 2}
 			start := time.Now()
 			f, err := kind.Resolve(c.name)
-			if time.Since(start) > 5*time.Second {
+			if time.Since(start) > time.Minute {
 				t.Errorf("%q: it took %v", c.name, time.Since(start))
 			}
 			if err != nil {

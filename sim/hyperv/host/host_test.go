@@ -316,15 +316,23 @@ func settings(id string) cim.Ref {
 }
 
 func TestOneJobAtATime(t *testing.T) {
-	b := newBench(t, host.Options{JobTime: 300 * time.Millisecond}, host.Spec{Disks: []host.DiskSpec{{Bytes: mib}}})
-	out, code := b.call("Msvm_VirtualSystemSnapshotService", "CreateSnapshot", args{"AffectedSystem": cim.To(b.vm), "SnapshotType": cim.Text("32768")})
-	if code != 4096 || out["ResultingSnapshot"].Set {
-		t.Fatal(code, out)
+	for jobTime := 300 * time.Millisecond; ; jobTime *= 8 {
+		b := newBench(t, host.Options{JobTime: jobTime}, host.Spec{Disks: []host.DiskSpec{{Bytes: mib}}})
+		began := time.Now()
+		out, code := b.call("Msvm_VirtualSystemSnapshotService", "CreateSnapshot", args{"AffectedSystem": cim.To(b.vm), "SnapshotType": cim.Text("32768")})
+		if code != 4096 || out["ResultingSnapshot"].Set {
+			t.Fatal(code, out)
+		}
+		_, code = b.call("Msvm_VirtualSystemSnapshotService", "CreateSnapshot", args{"AffectedSystem": cim.To(b.vm), "SnapshotType": cim.Text("32768")})
+		late := time.Since(began) >= jobTime // a busy machine; the job may be over
+		b.wait(*out["Job"].Ref)
+		if code == 32775 {
+			return
+		}
+		if !late {
+			t.Fatalf("a second beside the first: %d", code)
+		}
 	}
-	if _, code := b.call("Msvm_VirtualSystemSnapshotService", "CreateSnapshot", args{"AffectedSystem": cim.To(b.vm), "SnapshotType": cim.Text("32768")}); code != 32775 {
-		t.Errorf("a second beside the first: %d", code)
-	}
-	b.wait(*out["Job"].Ref)
 }
 
 // What goes wrong on a host, goes wrong here when it is told to.
