@@ -114,6 +114,9 @@ func Run(ctx context.Context, o Options, jobs []Job) []Result {
 			slots <- struct{}{}
 			defer func() { <-slots }()
 			results[i] = e.backUp(ctx, jobs[i])
+			if worthAnother(ctx, results[i]) {
+				results[i] = e.backUpAgain(ctx, results[i])
+			}
 		})
 	}
 	wg.Wait()
@@ -261,6 +264,11 @@ func (e *engine) backUp(ctx context.Context, job Job) (res Result) {
 	if c, ok := hs.(hypervisor.Checker); ok {
 		if err := c.Check(ctx); err != nil {
 			return fail(err)
+		}
+	}
+	for _, w := range hs.Warnings() { // reading may have added some
+		if !slices.Contains(p.Warnings, w) {
+			p.Warnings = append(p.Warnings, w)
 		}
 	}
 	p.VM, p.Source = name, job.Source

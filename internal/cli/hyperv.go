@@ -46,6 +46,8 @@ func hypervHint(err error) string {
 		return "write its GUID instead of its name: hyperv://USER@HOST/GUID; or see why that node can't be asked"
 	case errors.As(err, &node):
 		return fmt.Sprintf("if %s is reached by another name or port, write the source with ?node=%[1]s=HOST:PORT; its certificate's fingerprint may stand beside the first in another fingerprint=", node.Node)
+	case errors.As(err, new(*hyperv.ClusterError)):
+		return `see on the host what "Get-ClusterNode" says; a VM that is named by its GUID is found without asking the cluster where the source's host has it`
 	case errors.As(err, &cert):
 		return fmt.Sprintf("compare that fingerprint with the certificate of the WinRM listener on the host itself; if it is the same, write the source with ?fingerprint=sha256:%s, or name who signed it with ?ca=FILE",
 			strings.ReplaceAll(cert.Fingerprint.String(), ":", ""))

@@ -68,7 +68,7 @@ type Session interface {
 	FrozenFor() time.Duration
 
 	// Warnings are for the summary: a lower grade than preferred, leftovers
-	// that were reaped, a freeze that is not ours.
+	// that were reaped, a freeze that is not ours. Reading and Check may add some.
 	Warnings() []string
 
 	// Commit says that the restore point is durable: the session's checkpoint
@@ -128,6 +128,16 @@ var ErrNoDisk = errors.New("no disk is left to back up")
 
 // ErrTrackingLost says that the hypervisor can't tell what changed.
 var ErrTrackingLost = errors.New("change tracking was lost")
+
+// A RetryError ends a session for a reason that a new one may not meet: the
+// host went down under it, and another one has the VM. What was read is worth
+// nothing.
+type RetryError struct{ Err error }
+
+func (e *RetryError) Error() string { return e.Err.Error() }
+
+// Unwrap gives the reason.
+func (e *RetryError) Unwrap() error { return e.Err }
 
 // A TrackingResetter is a Driver that can forget all its change tracking of a
 // VM, so that the next backup reads everything.

@@ -15,6 +15,10 @@ import (
 // was replaced or written to while the connection was gone.
 var ErrChanged = errors.New("the file is not the one that was opened")
 
+// ErrLost says that the host was out of reach for as long as anybody may wait
+// for it, so that another way to the file is worth a try.
+var ErrLost = errors.New("the host was lost")
+
 // ErrNotEmpty says that a directory holds something, be it empty directories,
 // and can't be removed.
 var ErrNotEmpty = errors.New("the directory is not empty")
@@ -46,6 +50,8 @@ type lostError struct {
 
 func (e *lostError) Error() string { return "connection lost: " + e.err.Error() }
 func (e *lostError) Unwrap() error { return e.err }
+
+func (e *lostError) Is(target error) bool { return target == ErrLost }
 
 func isTransport(err error) bool {
 	var t *smb2.TransportError

@@ -78,6 +78,7 @@ type File struct {
 	handles map[*lane]*handle
 	closed  bool
 	ahead   ahead
+	outage  time.Duration
 }
 
 // A handle is the file on one connection.
@@ -96,7 +97,7 @@ func (c *Client) Open(ctx context.Context, p Path, name string) (*File, error) {
 	if err := p.check(); err != nil {
 		return nil, err
 	}
-	f := &File{c: c, path: p, name: name, handles: map[*lane]*handle{}}
+	f := &File{c: c, path: p, name: name, handles: map[*lane]*handle{}, outage: c.target.Outage}
 	if name == "" {
 		f.name = c.name(p)
 	}
@@ -235,6 +236,11 @@ func (f *File) Info() Info {
 	return f.info
 }
 
+// GiveUpAfter sets how long this file's readers try to reach a host that went
+// away, which Target.Outage says of all others: for whoever has another way to
+// the file. It is for before the first read.
+func (f *File) GiveUpAfter(outage time.Duration) { f.outage = outage }
+
 // Identity tells files of one share apart, whatever path led to them; it is
 // empty where the host does not number its files.
 func (f *File) Identity() string {
@@ -366,7 +372,7 @@ func (f *File) piece(ctx context.Context, p []byte, off int64, givenUp bool) err
 // goes on where a lost one ended.
 func (f *File) request(ctx context.Context, p []byte, off int64) error {
 	done := 0
-	return f.c.again(ctx, func(n *lane, l *link) error {
+	return f.c.againFor(ctx, f.outage, func(n *lane, l *link) error {
 		file, err := f.on(ctx, n, l)
 		if err != nil {
 			return err

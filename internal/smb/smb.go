@@ -227,16 +227,32 @@ func (c *Client) lane() *lane {
 // row until it is left alone.
 const garbled = 3
 
-// again runs f until it is done, the host refuses, or the outage has lasted
+// again is againFor with the target's outage.
+func (c *Client) again(ctx context.Context, f func(*lane, *link) error) error {
+	return c.againFor(ctx, c.target.Outage, f)
+}
+
+// reconnect is connect within most.
+func (c *Client) reconnect(ctx context.Context, n *lane, most time.Duration) (*link, error) {
+	limited, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	l, err := c.connect(limited, n)
+	if err != nil && ctx.Err() == nil && limited.Err() != nil && !errors.Is(err, ErrLost) {
+		err = &lostError{fmt.Errorf("no connection: %w", err), false}
+	}
+	return l, err
+}
+
+// againFor runs f until it is done, the host refuses, or the outage has lasted
 // too long. f may run several times, so it must be something that can be
 // repeated.
-func (c *Client) again(ctx context.Context, f func(*lane, *link) error) error {
+func (c *Client) againFor(ctx context.Context, outage time.Duration, f func(*lane, *link) error) error {
 	var since time.Time
 	senseless := 0
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		n := c.lane()
 		n.busy.Add(1)
-		l, err := c.connect(ctx, n)
+		l, err := c.reconnect(ctx, n, outage)
 		if err == nil {
 			err = f(n, l)
 		}
@@ -252,7 +268,7 @@ func (c *Client) again(ctx context.Context, f func(*lane, *link) error) error {
 		}
 		if since.IsZero() {
 			since = time.Now()
-		} else if gone := time.Since(since); gone > c.target.Outage {
+		} else if gone := time.Since(since); gone > outage {
 			return fmt.Errorf("%w; tried again for %v", err, gone.Round(time.Second))
 		}
 		t := time.NewTimer(wait)

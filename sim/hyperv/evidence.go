@@ -148,7 +148,8 @@ var Behaviours = []Behaviour{
 	{"cluster", "a VM moves with its checkpoint, and its files can be read on", Source, "backupzit 0.48.1 removes it on the new node, having read on"},
 	{"cluster", "reference points and RCT ids move along and go on", Guess, "RCT files lie beside the disks; nobody says"},
 	{"cluster", "a VM does not move while a job of it runs", Guess, ""},
-	{"cluster", "VMs of a node that goes down start on another, with checkpoints and tracking", Guess, ""},
+	{"cluster", "VMs of a node that goes down start on another, with checkpoints and tracking", Guess, "users post that checkpoints of backups that died stay; of nodes that went down nobody says"},
+	{"cluster", "files of a shared volume are reached through every node, under the same name and with the same times", Documented, "Microsoft's pages on Cluster Shared Volumes; of the times it is a guess"},
 	{"cluster", "a node's jobs are known to that node alone", Guess, ""},
 }
 

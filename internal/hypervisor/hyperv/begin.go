@@ -1,7 +1,6 @@
 package hyperv
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,7 +14,6 @@ import (
 	"github.com/backstay/backstay/internal/hypervisor/journal"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
-	"github.com/backstay/backstay/internal/wsman"
 )
 
 // A volume with less free than both of these gets no checkpoint, and ends one:
@@ -34,8 +32,10 @@ var ErrHostSpace = errors.New("too little space on the host")
 
 // A beginning is a session while it is being made.
 type beginning struct {
-	where    sync.Mutex // of d
+	where    sync.Mutex // of d and warnings
 	d        *Driver    // of the host that has the VM; changed by follow alone
+	moving   sync.Mutex // held by follow
+	roam     *roamer    // reads the VM's files
 	o        hypervisor.Options
 	prefix   string
 	host     string // as it calls itself
@@ -125,7 +125,7 @@ func (at sighting) begin(ctx context.Context, name string, o hypervisor.Options,
 	}
 	if err != nil {
 		err = fmt.Errorf("VM %q: %w", name, err)
-		moved = ctx.Err() == nil && b.follow(ctx, err)
+		moved = ctx.Err() == nil && b.follow(ctx, at.d, err)
 		if e := b.undo(ctx); e != nil {
 			moved = false
 			err = fmt.Errorf("%w; left for the next run to clean up: %w", err, e)
@@ -149,43 +149,6 @@ func (b *beginning) target() *target {
 	t := b.at().target(b.sys, b.prefix, b.run)
 	t.truncate = b.truncate
 	return t
-}
-
-// follow looks whether another node of the cluster has the VM by now, which may
-// be why something failed. If so, the session speaks to that from then on.
-func (b *beginning) follow(ctx context.Context, why error) bool {
-	d := b.at()
-	if d.cluster.isAlone() {
-		return false
-	}
-	for until := time.Now().Add(d.busyTime); ; {
-		here := why
-		if cut := (*wsman.ConnectionError)(nil); !errors.As(why, &cut) { // else it has not answered just now
-			if here = b.target().onHost(ctx); here == nil {
-				return false
-			}
-		}
-		now, err := d.find(ctx, b.sys.guid)
-		switch {
-		case err == nil && now.d == d:
-			return false
-		case err == nil:
-			b.where.Lock()
-			b.d = now.d
-			b.where.Unlock()
-			if b.entry.Data != nil { // the reference point will say so, even if the VM goes back
-				b.entry.Data[dataMoved] = cmp.Or(d.nodeName(), d.hostKey())
-			}
-			d.log.Info("the VM moved to another node", "vm", b.sys.name, "node", now.host)
-			return true
-		case !errors.Is(here, errElsewhere) || !errors.Is(err, fault.ErrNotFound) || time.Now().After(until):
-			return false
-		}
-		// It may be between two nodes.
-		if sleep(ctx, d.poll) != nil {
-			return false
-		}
-	}
 }
 
 // undo takes away what the journal names.
@@ -219,6 +182,8 @@ func (b *beginning) close() {
 }
 
 func (b *beginning) warn(format string, args ...any) {
+	b.where.Lock()
+	defer b.where.Unlock()
 	b.warnings = append(b.warnings, fmt.Sprintf(format, args...))
 }
 
@@ -265,6 +230,10 @@ func (b *beginning) session(ctx context.Context, list []system) (s *session, err
 	if len(volumes) == 0 {
 		return nil, noDisk(before)
 	}
+	if slices.ContainsFunc(volumes, isShared) && len(d.cluster.known()) == 0 {
+		d.nodes(ctx) // should this one go down, who the others are is too late to ask
+	}
+	b.roam = newRoamer(b)
 	if b.release, err = d.slot(ctx, volumes); err != nil {
 		b.release = func() {}
 		return nil, err
@@ -511,7 +480,7 @@ func (e *DiskError) Error() string { return "disk " + e.Disk + ": " + e.Err.Erro
 func (e *DiskError) Unwrap() error { return e.Err }
 
 func (b *beginning) openDisk(ctx context.Context, e *drive, shares map[string]bool, of vmFacts) error {
-	img, chain, err := openChain(b.life, b.d.files, e.Source, e.Format, shares)
+	img, chain, err := openChain(b.life, b.roam, e.Source, e.Format, shares)
 	if err != nil {
 		return err
 	}

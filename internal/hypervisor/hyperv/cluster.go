@@ -1,6 +1,7 @@
 package hyperv
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,7 +34,7 @@ type cluster struct {
 	volumes map[string]chan struct{} // places on each volume
 }
 
-var errSilent = errors.New("the host does not answer")
+var errSilent = errors.New("no other node answers")
 
 // A place is a host with its VMs.
 type place struct {
@@ -42,38 +43,86 @@ type place struct {
 	list []system
 }
 
-// others are the nodes of the host's cluster that are not down, but for the
-// host itself. A host whose cluster can't be asked is taken for one of none: it
-// has its own VMs all the same. What was known stays so if the host does not
-// answer, which it is not asked to if it did not do so a moment ago.
-func (d *Driver) others(ctx context.Context, answers bool) []string {
+// clusterTries is how often a host is asked for its cluster's nodes.
+const clusterTries = 3
+
+// A ClusterError says that nobody knows whether a host is in a cluster: it was
+// asked, and neither told nor said that it is in none.
+type ClusterError struct{ Err error }
+
+func (e *ClusterError) Error() string {
+	return "the host does not say whether it is in a cluster: " + e.Err.Error()
+}
+
+// Unwrap gives the reason.
+func (e *ClusterError) Unwrap() error { return e.Err }
+
+// noCluster says whether err is a host's word that it is in no cluster, or that
+// we may not know. Anything else may pass.
+func noCluster(err error) bool {
+	for _, none := range []error{wsman.ErrNoClass, fault.ErrNotFound, fault.ErrDenied, fault.ErrUnsupported} {
+		if errors.Is(err, none) {
+			return true
+		}
+	}
+	return false
+}
+
+// nodes are those of the host's cluster that are not down, as the host says, or
+// as some node last said if it can't tell. A host that is in no cluster, or
+// whose cluster we may not see, has none: it has its own VMs all the same.
+func (d *Driver) nodes(ctx context.Context) (names []string, err error) {
 	c := d.cluster
 	if c.dial == nil || d.members == nil {
-		return nil
+		return nil, nil
 	}
-	var rows []object
-	err := errSilent
-	if answers {
-		rows, err = d.members.query(ctx, "SELECT Name, State FROM MSCluster_Node")
+	for try := 1; ; try++ {
+		names, err = d.up(ctx)
+		if err == nil || noCluster(err) || try == clusterTries || sleep(ctx, d.poll) != nil {
+			break
+		}
 	}
-	self := d.nodeName()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
 	case err == nil:
-		c.names = c.names[:0:0]
-		for _, o := range rows {
-			if state, ok := o.number("State"); (!ok || state != nodeDown) && o.text("Name") != "" {
-				c.names = append(c.names, o.text("Name"))
-			}
-		}
+		c.names = names
 		c.alone = len(c.names) == 0
-	case len(c.names) == 0:
-		for _, none := range []error{wsman.ErrNoClass, fault.ErrNotFound, fault.ErrDenied, fault.ErrUnsupported} {
-			c.alone = c.alone || errors.Is(err, none)
+	case len(c.names) > 0: // they are known from before
+	case noCluster(err):
+		c.alone = true
+	default:
+		return nil, &ClusterError{err}
+	}
+	return slices.Clone(c.names), nil
+}
+
+// up asks the host which nodes of its cluster are not down.
+func (d *Driver) up(ctx context.Context) (names []string, err error) {
+	rows, err := d.members.query(ctx, "SELECT Name, State FROM MSCluster_Node")
+	for _, o := range rows {
+		if state, ok := o.number("State"); (!ok || state != nodeDown) && o.text("Name") != "" {
+			names = append(names, o.text("Name"))
 		}
 	}
-	return slices.DeleteFunc(slices.Clone(c.names), func(name string) bool { return strings.EqualFold(name, self) })
+	return names, err
+}
+
+// known are the nodes as some node last said.
+func (c *cluster) known() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.names)
+}
+
+// others are the nodes but for the host itself. A host that did not answer a
+// moment ago is not asked for them.
+func (d *Driver) others(ctx context.Context, answers bool) (names []string, err error) {
+	if names = d.cluster.known(); answers {
+		names, err = d.nodes(ctx)
+	}
+	self := d.nodeName()
+	return slices.DeleteFunc(names, func(name string) bool { return strings.EqualFold(name, self) }), err
 }
 
 // isAlone says whether a host of these is known to be in no cluster.
@@ -93,6 +142,7 @@ func (d *Driver) at(node string) (*Driver, error) {
 		if err != nil {
 			return nil, err
 		}
+		n.node = cmp.Or(n.node, node)
 		c.drivers[key] = n
 	}
 	return c.drivers[key], nil
@@ -116,14 +166,18 @@ func (d *Driver) places(ctx context.Context, enough func(place) bool, likely fun
 	host, list, err := d.look(ctx)
 	if err == nil {
 		out = append(out, place{d, host, list})
+		d.cluster.add(host, d)
 		if enough(out[0]) {
 			return out, nil
 		}
-		d.cluster.add(host, d)
 	} else {
 		errs = append(errs, err)
 	}
-	for _, name := range likely(d.others(ctx, err == nil)) {
+	names, err := d.others(ctx, err == nil)
+	if err != nil {
+		errs = append(errs, err)
+	}
+	for _, name := range likely(names) {
 		n, err := d.at(name)
 		var p place
 		if err == nil {
@@ -279,10 +333,8 @@ func (d *Driver) sameCluster(ctx context.Context, e journal.Entry) bool {
 	if e.Data[dataNode] == "" || c.isAlone() {
 		return false
 	}
-	d.others(ctx, true)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return slices.ContainsFunc(c.names, func(name string) bool { return strings.EqualFold(name, e.Data[dataNode]) })
+	d.nodes(ctx)
+	return slices.ContainsFunc(c.known(), func(name string) bool { return strings.EqualFold(name, e.Data[dataNode]) })
 }
 
 // close ends the connections to all nodes but d.

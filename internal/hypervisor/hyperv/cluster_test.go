@@ -571,3 +571,65 @@ func TestInterruptedRestoreMoved(t *testing.T) {
 	}
 	there(b)
 }
+
+// failingQueries is a namespace that is too busy to answer, so many times.
+type failingQueries struct {
+	management
+	times int
+}
+
+func (f *failingQueries) Query(ctx context.Context, wql string) iter.Seq2[*wsman.Instance, error] {
+	if f.times--; f.times < 0 {
+		return f.management.Query(ctx, wql)
+	}
+	return func(yield func(*wsman.Instance, error) bool) {
+		yield(nil, &wsman.ConnectionError{Host: "node", Err: errors.New("the provider is busy")})
+	}
+}
+
+// A cluster that does not answer for a moment is asked again; one that goes on
+// so is not taken for no cluster: what may be elsewhere is said, and nothing is
+// changed that is named by its name alone.
+func TestClusterThatCannotBeAsked(t *testing.T) {
+	l := newClusterLab(t, 2)
+	guid := l.add(1, "db01")
+	driver := func(times int) *Driver {
+		d := l.driver(0)
+		d.members.management = &failingQueries{d.members.management, times}
+		return d
+	}
+	begin := func(d *Driver, name string) (string, error) {
+		t.Helper()
+		s, err := d.Begin(t.Context(), name, hypervisor.Options{RepoID: ourRepo})
+		if err != nil {
+			return "", err
+		}
+		mustAbort(t, s)
+		return warnings(s), nil
+	}
+	if w, err := begin(driver(2), "db01"); err != nil || w != "" {
+		t.Errorf("for a moment: %q, %v", w, err)
+	}
+	const forGood = 1000
+	var cluster *ClusterError
+	if _, err := begin(driver(forGood), "db01"); !errors.Is(err, fault.ErrNotFound) || !errors.As(err, &cluster) {
+		t.Errorf("one that is on another node: %v", err)
+	}
+	if _, err := begin(driver(forGood), guid); !errors.As(err, &cluster) {
+		t.Errorf("the same, by its GUID: %v", err)
+	}
+	if w, err := begin(driver(forGood), "web01"); err != nil || !strings.Contains(w, "does not say whether it is in a cluster") {
+		t.Errorf("one that is here: %q, %v", w, err)
+	}
+	list, err := driver(forGood).List(t.Context())
+	if len(list) != 1 || !errors.As(err, new(*hypervisor.PartialError)) || !errors.As(err, &cluster) {
+		t.Errorf("the list: %v, %v", list, err)
+	}
+	d := driver(forGood)
+	if err := d.ResetTracking(t.Context(), "web01", ourRepo); !errors.As(err, new(*UnseenError)) {
+		t.Errorf("reset the tracking: %v", err)
+	}
+	if err := d.ResetTracking(t.Context(), list[0].UUID, ourRepo); err != nil {
+		t.Errorf("reset the tracking, by its GUID: %v", err)
+	}
+}

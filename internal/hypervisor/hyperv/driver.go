@@ -1,6 +1,7 @@
 package hyperv
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,8 +24,11 @@ const (
 	settleTime = 90 * time.Second
 	busyTime   = 30 * time.Second
 	endTime    = 110 * time.Second // all of it, the merge not counted
-	mergeWait  = time.Hour
-	watchTime  = 5 * time.Second // between two looks at what the guest writes meanwhile
+	// failTime is how long a VM whose node does not answer may take to be on
+	// another: a cluster waits four minutes before it gives a silent node up.
+	failTime  = 6 * time.Minute
+	mergeWait = time.Hour
+	watchTime = 5 * time.Second // between two looks at what the guest writes meanwhile
 )
 
 // A Driver speaks to one Hyper-V host, and finds VMs on the other nodes of its
@@ -42,6 +46,7 @@ type Driver struct {
 	truncateLogs bool
 
 	settleTime, busyTime, mergeWait, watchTime time.Duration
+	failTime, roamTime, nodeOutage             time.Duration
 	lookTime, undoTime                         time.Duration // of a restore that is taken back
 
 	slots chan struct{}
@@ -59,7 +64,7 @@ var (
 // newDriver makes a Driver of what reaches a host.
 func newDriver(m management, f files, o Options) *Driver {
 	d := &Driver{client: &client{m, jobPoll, pollPatience}, files: f, host: o.Host, stateDir: o.StateDir, log: o.Log,
-		savedState: o.AllowSavedState, truncateLogs: o.TruncateLogs, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime, lookTime: lookTime, undoTime: undoTime,
+		savedState: o.AllowSavedState, truncateLogs: o.TruncateLogs, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime, failTime: failTime, roamTime: roamTime, nodeOutage: nodeOutage, lookTime: lookTime, undoTime: undoTime,
 		slots: make(chan struct{}, sessionsPerHost), cluster: &cluster{drivers: map[string]*Driver{}, volumes: map[string]chan struct{}{}}}
 	if d.stateDir == "" {
 		d.stateDir = "/var/lib/backstay"
@@ -102,6 +107,9 @@ func (d *Driver) List(ctx context.Context) ([]vm.Machine, error) {
 	}
 	return out, nil
 }
+
+// called is what people know the host by.
+func (d *Driver) called() string { return cmp.Or(d.nodeName(), d.hostKey()) }
 
 // look lists the VMs of the host, and remembers what it calls itself.
 func (d *Driver) look(ctx context.Context) (host string, list []system, err error) {
@@ -238,7 +246,7 @@ func (d *Driver) slot(ctx context.Context, volumes []string) (release func(), er
 	c := d.cluster
 	c.mu.Lock()
 	for _, v := range slices.Compact(volumes) {
-		if !strings.Contains(v, "clusterstorage") { // which all nodes share
+		if !isShared(v) {
 			v = d.hostKey() + " " + v
 		}
 		if c.volumes[v] == nil {

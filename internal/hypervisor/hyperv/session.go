@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"sync"
 	"time"
 
@@ -41,7 +42,12 @@ func (s *session) Config() []vm.ConfigFile  { return s.config }
 func (s *session) Taken() time.Time         { return s.taken }
 func (s *session) Grade() vm.Grade          { return s.grade }
 func (s *session) FrozenFor() time.Duration { return 0 } // the host does not tell
-func (s *session) Warnings() []string       { return s.warnings }
+
+func (s *session) Warnings() []string {
+	s.where.Lock()
+	defer s.where.Unlock()
+	return slices.Clone(s.warnings)
+}
 
 func (s *session) Disks() []hypervisor.Disk {
 	out := make([]hypervisor.Disk, 0, len(s.disks))
@@ -57,20 +63,32 @@ func (s *session) Check(ctx context.Context) error {
 	if err := s.failed(); err != nil {
 		return err
 	}
-	_, err := s.at().Get(ctx, s.frozen.ref)
-	if err != nil && s.follow(ctx, err) {
+	if err := s.roam.unchanged(ctx); err != nil {
+		return fmt.Errorf("VM %q: %w", s.sys.name, err)
+	}
+	return s.held(ctx)
+}
+
+// held fails unless the VM has its checkpoint, wherever it is by now.
+func (s *session) held(ctx context.Context) error {
+	from := s.at()
+	_, err := from.Get(ctx, s.frozen.ref)
+	moved := err != nil && s.follow(ctx, from, err)
+	if moved {
 		_, err = s.at().Get(ctx, s.frozen.ref) // it went along
 	}
-	if errors.Is(err, fault.ErrNotFound) {
-		switch e := s.target().onHost(ctx); {
-		case errors.Is(e, errElsewhere):
-			return fmt.Errorf("VM %q was deleted, or moved to another host, while it was read: %w", s.sys.name, fault.ErrNotFound)
-		case e != nil:
-			return e
-		}
-		return fmt.Errorf("VM %q: somebody deleted its checkpoint while it was read: %w", s.sys.name, err)
+	if !errors.Is(err, fault.ErrNotFound) {
+		return err
 	}
-	return err
+	switch e := s.target().onHost(ctx); {
+	case errors.Is(e, errElsewhere):
+		return fmt.Errorf("VM %q was deleted, or moved to another host, while it was read: %w", s.sys.name, fault.ErrNotFound)
+	case e != nil:
+		return e
+	case moved || s.roam.went():
+		return &hypervisor.RetryError{Err: fmt.Errorf("VM %q is on %s by now, and its checkpoint is not: %w", s.sys.name, s.at().called(), err)}
+	}
+	return fmt.Errorf("VM %q: somebody deleted its checkpoint while it was read: %w", s.sys.name, err)
 }
 
 func (s *session) failed() error {
@@ -113,8 +131,10 @@ func (s *session) finish(ctx context.Context, commit bool) error {
 	}
 	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 	defer cancel()
+	from := s.at()
 	err := s.conclude(ending, commit)
-	for try := 1; err != nil && try < mostMoves && s.follow(ending, err); try++ {
+	for try := 1; err != nil && try < mostMoves && s.follow(ending, from, err); try++ {
+		from = s.at()
 		err = s.conclude(ending, commit)
 	}
 	if !commit && errors.Is(err, errElsewhere) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -22,15 +23,34 @@ var ErrDelta = errors.New("the guest wrote more than --max-delta allows while it
 func (s *session) watch() {
 	ctx, cancel := context.WithCancel(s.life)
 	s.watching, s.watched = cancel, make(chan struct{})
-	go func() {
-		defer close(s.watched)
+	var both sync.WaitGroup
+	both.Go(func() { s.accompany(ctx) })
+	both.Go(func() {
 		for sleep(ctx, s.at().watchTime) == nil {
 			if err := s.checkDelta(ctx); err != nil {
 				s.fail(fmt.Errorf("VM %q: %w", s.sys.name, err))
 				return
 			}
 		}
+	})
+	go func() {
+		both.Wait()
+		close(s.watched)
 	}()
+}
+
+// accompany looks, once the VM's files are read through another node, whether
+// its checkpoint is still there. If it is not, to read on is of no use. What
+// can't be known now, Check asks again.
+func (s *session) accompany(ctx context.Context) {
+	select {
+	case <-s.roam.gone:
+	case <-ctx.Done():
+		return
+	}
+	if err := s.held(ctx); errors.Is(err, fault.ErrNotFound) && ctx.Err() == nil {
+		s.fail(err)
+	}
 }
 
 // checkDelta looks once. What the host doesn't tell is no reason to end.
