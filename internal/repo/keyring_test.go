@@ -82,12 +82,12 @@ func TestEveryKindOfKeyOpens(t *testing.T) {
 	code := secret.NewRecovery()
 	typed := strings.ToLower(strings.ReplaceAll(secret.PrintRecovery(code), "-", " "))
 	made := map[string]KeyInfo{
-		"bob":     mustAdd(t, ring, newPass("battery staple", "bob")),
+		"bob's":   mustAdd(t, ring, newPass("battery staple", "bob's")),
 		"age":     mustAdd(t, ring, NewKey{Label: "age", Recipient: id.Recipient(), Identities: []age.Identity{id}}),
 		"kit":     mustAdd(t, ring, NewKey{Label: "kit", Recovery: code, KDF: cheap}),
 		"service": mustAdd(t, ring, NewKey{Label: "service", Keeper: xorKeeper(7)}),
 	}
-	for label, k := range map[string]Key{"bob": pass("battery staple"), "age": {Identities: []age.Identity{id}}, "kit": pass(typed), "service": {Keeper: xorKeeper(7)}} {
+	for label, k := range map[string]Key{"bob's": pass("battery staple"), "age": {Identities: []age.Identity{id}}, "kit": pass(typed), "service": {Keeper: xorKeeper(7)}} {
 		again, err := Open(bg, st, k)
 		if err != nil {
 			t.Fatalf("%s: %v", label, err)
@@ -132,8 +132,10 @@ func TestEveryKindOfKeyOpens(t *testing.T) {
 			t.Errorf("without a key one sees %+v", in)
 		}
 	}
+	// What is sealed is written as base64, in which chance finds three letters
+	// once in some hundred runs, and no apostrophe.
 	for o := range st.List(bg, keysPrefix) {
-		if b, _ := readObject(bg, st, o.Name); bytes.Contains(b, []byte("bob")) || bytes.Contains(b, []byte("service")) {
+		if b, _ := readObject(bg, st, o.Name); bytes.Contains(b, []byte("bob's")) || bytes.Contains(b, []byte("service")) {
 			t.Errorf("a label is in the clear: %s", b)
 		}
 	}

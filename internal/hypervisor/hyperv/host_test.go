@@ -117,7 +117,7 @@ func newFakeHost(t *testing.T) *fakeHost {
 func (h *fakeHost) driver(state string, o Options) *Driver {
 	o.Host, o.StateDir = &url.URL{Scheme: "hyperv", Host: "hv01"}, state
 	d := newDriver(h, fakeFiles{h}, o)
-	d.poll, d.patience, d.settleTime, d.busyTime, d.watchTime = time.Millisecond, 50*time.Millisecond, 2*time.Second, 20*time.Millisecond, 5*time.Millisecond
+	d.poll, d.patience, d.settleTime, d.busyTime, d.watchTime = time.Millisecond, 50*time.Millisecond, 30*time.Second, 20*time.Millisecond, 5*time.Millisecond
 	return d
 }
 

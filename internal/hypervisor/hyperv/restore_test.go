@@ -83,7 +83,7 @@ func newRestoreLab(t *testing.T) *restoreLab {
 // driver is a Driver of the lab's host.
 func (l *restoreLab) driver() *Driver {
 	d := newDriver(brittle{l, l.wmi}, brittleFiles{l, simFiles{l.host}}, Options{Host: &url.URL{Scheme: "hyperv", Host: "hv01"}, StateDir: l.state})
-	d.poll, d.lookTime = time.Millisecond, 20*time.Millisecond
+	d.poll, d.lookTime = time.Millisecond, time.Second
 	return d
 }
 

@@ -113,9 +113,13 @@ func TestFreezeLimit(t *testing.T) {
 		}
 		t.Error("nobody thawed the guest")
 	}
-	const limit = 5 * time.Second
+	limit := 5 * time.Second
 	a := h.backup(repoA, nil, hypervisor.Options{Consistency: vm.PreferApplication, FreezeLimit: limit})
-	if w := strings.Join(a.Warnings(), "; "); a.Grade() != vm.GradeCrash || !strings.Contains(w, "freeze limit of 5s") {
+	for strings.Contains(strings.Join(a.Warnings(), "; "), errNotFrozen.Error()) && limit < patient { // by a machine that is too busy
+		limit *= 3
+		a = h.backup(repoA, nil, hypervisor.Options{Consistency: vm.PreferApplication, FreezeLimit: limit})
+	}
+	if w := strings.Join(a.Warnings(), "; "); a.Grade() != vm.GradeCrash || !strings.Contains(w, fmt.Sprint("freeze limit of ", limit)) {
 		t.Errorf("grade %s, warnings %s", a.Grade(), w)
 	}
 	if _, err := h.begin(h.Driver, repoA, nil, hypervisor.Options{Consistency: vm.RequireApplication, FreezeLimit: limit}); !errors.Is(err, fault.ErrConsistency) {
@@ -126,7 +130,9 @@ func TestFreezeLimit(t *testing.T) {
 	// A limit that freezing itself exceeds.
 	h.afterFreeze = nil
 	b := h.backup(repoA, nil, hypervisor.Options{Consistency: vm.PreferApplication, FreezeLimit: time.Millisecond})
-	if w := strings.Join(b.Warnings(), "; "); b.Grade() != vm.GradeCrash || !strings.Contains(w, "the limit is 1ms") {
+	// libvirt gives the agent a second, which on a busy machine is too short.
+	if w := strings.Join(b.Warnings(), "; "); b.Grade() != vm.GradeCrash || !strings.Contains(w, errNotFrozen.Error()) ||
+		!strings.Contains(w, "the limit is 1ms") && !strings.Contains(w, "agent is not responding") {
 		t.Errorf("grade %s, warnings %s", b.Grade(), w)
 	}
 	h.thawed()
