@@ -24,7 +24,7 @@ func Libvhdi(t testing.TB, path string) *os.File {
 		t.Fatalf("vhdimount %s: %v\n%s", path, err, out)
 	}
 	t.Cleanup(func() {
-		for range 50 {
+		for range 3000 {
 			if exec.Command("umount", dir).Run() == nil {
 				return
 			}
