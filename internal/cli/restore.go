@@ -86,7 +86,7 @@ interrupted the same command completes it.`,
 	f.BoolVar(&o.start, "start", false, "start the VM")
 	f.StringVar(&o.folder, "folder", "", `on the Hyper-V host: where the new VM's own folder is made (default: where the host keeps VMs)`)
 	f.BoolVar(&o.connectNICs, "connect-nics", false, "on Hyper-V: connect the new VM's network cards to the switches that they were connected to")
-	f.BoolVar(&o.keepMACs, "keep-macs", false, "on Hyper-V: network cards keep their addresses, which the original may be using")
+	f.BoolVar(&o.keepMACs, "keep-macs", false, "on Hyper-V: network cards keep their addresses, for good, which the original may be using")
 	f.StringVar(&o.firmware, "firmware", "", "on Hyper-V: bios or uefi (generation 1 or 2) (default: what the VM had)")
 	f.BoolVar(&o.powerOff, "power-off", false, "with --in-place on Hyper-V: switch the VM off when its restored disks are ready")
 	f.BoolVar(&o.removeOld, "remove-old", false, "with --in-place on Hyper-V: remove the old disks once the VM has the restored ones")

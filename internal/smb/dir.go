@@ -16,9 +16,11 @@ import (
 const maxEntries = 1 << 17
 
 // at runs f with the share of p, again after a lost connection if f may be
-// repeated.
+// repeated. What may not be is waited for once it is under way, also when ctx is
+// over by then: a host has a patience to answer in, and whoever cleans up has to
+// know what there is.
 func at[T any](ctx context.Context, c *Client, op string, p Path, repeat bool, f func(*link, *smb2.Share) (T, error)) (T, error) {
-	v, err := detached(ctx, func() (v T, err error) {
+	do := func() (v T, err error) {
 		if err = p.check(); err != nil {
 			return v, err
 		}
@@ -33,7 +35,14 @@ func at[T any](ctx context.Context, c *Client, op string, p Path, repeat bool, f
 			return v, c.again(ctx, func(_ *lane, l *link) error { return once(l) })
 		}
 		return v, c.once(ctx, once)
-	})
+	}
+	var v T
+	var err error
+	if repeat {
+		v, err = detached(ctx, do)
+	} else {
+		v, err = do()
+	}
 	if err != nil {
 		err = &Error{op, c.name(p), -1, err}
 	}

@@ -4,13 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/smb"
+	"github.com/backstay/backstay/internal/smb/smbtest"
 )
 
 // middle puts somebody between client and server who hands each frame of the
@@ -111,5 +114,54 @@ func TestSomebodyInTheMiddle(t *testing.T) {
 				t.Error("nothing was spoiled")
 			}
 		})
+	}
+}
+
+// Who gives up on a change that is under way still learns what became of it: a
+// directory that comes into being after somebody was told that it did not would
+// be nobody's.
+func TestChangeIsSeenToItsEnd(t *testing.T) {
+	s := server(t)
+	var armed atomic.Bool
+	held, release := make(chan struct{}), make(chan struct{})
+	to := middle(t, target(s), s.Addr(), func(p []byte) []byte {
+		if armed.CompareAndSwap(true, false) {
+			close(held)
+			<-release
+		}
+		return p
+	})
+	c := dial(t, to)
+	at := smb.Path{Share: smbtest.Share, Name: "cancelled"}
+	if _, err := c.Stat(t.Context(), smb.Path{Share: smbtest.Share}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	armed.Store(true)
+	done := make(chan error, 1)
+	go func() { done <- c.Mkdir(ctx, at) }()
+	<-held // the host has made it, and its answer is on the way
+	cancel()
+	select {
+	case err := <-done:
+		t.Fatalf("it did not wait: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	close(release)
+	if err := <-done; err != nil {
+		t.Errorf("the directory was made: %v", err)
+	}
+	if i, err := c.Stat(t.Context(), at); err != nil || !i.Dir {
+		t.Errorf("%+v, %v", i, err)
+	}
+	never := smb.Path{Share: smbtest.Share, Name: "never"}
+	if err := c.Mkdir(ctx, never); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled before it began: %v", err)
+	}
+	if _, err := c.Stat(t.Context(), never); !errors.Is(err, fault.ErrNotFound) {
+		t.Errorf("what was never asked for: %v", err)
+	}
+	if err := c.Remove(t.Context(), at); err != nil {
+		t.Error(err)
 	}
 }

@@ -291,6 +291,9 @@ func (c *Client) once(ctx context.Context, f func(*link) error) error {
 	if err := c.again(ctx, func(_ *lane, got *link) error { l = got; return nil }); err != nil {
 		return err
 	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	return f(l)
 }
 

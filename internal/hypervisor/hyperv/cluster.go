@@ -108,6 +108,22 @@ func (d *Driver) up(ctx context.Context) (names []string, err error) {
 	return names, err
 }
 
+// noteRole says that a cluster does not look after a VM that was made on one of
+// its nodes, and how it would.
+func (m *making) noteRole(ctx context.Context) {
+	names, err := m.d.nodes(ctx)
+	how := fmt.Sprintf("in PowerShell on a node: Add-ClusterVirtualMachineRole -VMName '%s'", strings.ReplaceAll(m.o.Name, "'", "''"))
+	switch {
+	case err != nil:
+		m.note("%v; if it is, the VM is no role of it, and stays where it is when the host goes down; %s", err, how)
+	case len(names) == 0:
+	case !isShared(volumeOf(m.folder + `\x`)):
+		m.note("the VM is no role of the cluster, and %s is on no shared volume; once its storage was moved to one, %s", m.folder, how)
+	default:
+		m.note("the VM is no role of the cluster, and stays where it is when the host goes down; %s", how)
+	}
+}
+
 // known are the nodes as some node last said.
 func (c *cluster) known() []string {
 	c.mu.Lock()

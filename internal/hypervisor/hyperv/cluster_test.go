@@ -633,3 +633,42 @@ func TestClusterThatCannotBeAsked(t *testing.T) {
 		t.Errorf("reset the tracking, by its GUID: %v", err)
 	}
 }
+
+// A new VM on a node is no role of the cluster, and whoever made it is told so,
+// and how it becomes one.
+func TestNewVMIsNoRole(t *testing.T) {
+	l := newClusterLab(t, 2)
+	notes := func(d *Driver, name, folder string) string {
+		t.Helper()
+		o := newOptions(name)
+		o.Folder = folder
+		b, err := d.NewVM(t.Context(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := writeDisks(t.Context(), b, "scsi0:0", "scsi1:5"); err != nil {
+			t.Fatal(err)
+		}
+		done, err := b.Commit(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Join(done.Notes, "\n")
+	}
+	const how = "Add-ClusterVirtualMachineRole -VMName 'web of ''ours'''"
+	if got := notes(l.driver(0), "web of 'ours'", `C:\ClusterStorage\Volume1`); !strings.Contains(got, how) || strings.Contains(got, "shared volume") {
+		t.Errorf("on a shared volume: %s", got)
+	}
+	if got := notes(l.driver(0), "web03", ""); !strings.Contains(got, `\web03 is on no shared volume`) || !strings.Contains(got, "-VMName 'web03'") {
+		t.Errorf("on a disk of the node: %s", got)
+	}
+	d := l.driver(0)
+	d.members.management = &failingQueries{d.members.management, 1000}
+	if got := notes(d, "web04", `C:\ClusterStorage\Volume1`); !strings.Contains(got, "does not say whether it is in a cluster") {
+		t.Errorf("where nobody knows: %s", got)
+	}
+	l.Deny(true)
+	if got := notes(l.driver(0), "web05", ""); strings.Contains(got, "role") {
+		t.Errorf("on a host of no cluster: %s", got)
+	}
+}

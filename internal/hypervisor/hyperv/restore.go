@@ -129,7 +129,11 @@ func (d *Driver) NewVM(ctx context.Context, o NewVMOptions) (*Building, error) {
 	}
 	b.done.Name = o.Name
 	m := &making{Building: b, o: o, temporary: prefix + b.id}
-	b.commit, b.finish = m.build, m.start
+	b.commit = m.build
+	b.finish = func(ctx context.Context) {
+		m.start(ctx)
+		m.noteRole(ctx)
+	}
 	b.place = func(id vm.DiskID) (string, error) { return b.folder + `\` + m.file(id), nil }
 	if err = m.plan(); err == nil {
 		err = m.makeFolder(ctx)

@@ -300,10 +300,11 @@ func (m *making) placeNICs(ctx context.Context) error {
 			return err
 		}
 		for _, o := range cards {
+			place := m.newAddress
 			if m.o.KeepMACs {
-				continue
+				place = m.keepAddress
 			}
-			if err := m.newAddress(ctx, o); err != nil {
+			if err := place(ctx, o); err != nil {
 				return err
 			}
 		}
@@ -332,6 +333,27 @@ func (m *making) newAddress(ctx context.Context, card object) error {
 	}
 	if now := (object{back}); now.truth("StaticMacAddress") || !none(had) && strings.EqualFold(now.text("Address"), had) {
 		m.warn("a network card still has the address %s of the original: give it another before both are on one network", macText(had))
+	}
+	return nil
+}
+
+// keepAddress makes a network card's address one that the host does not choose
+// anew, which it may do with its own choice when the VM starts.
+func (m *making) keepAddress(ctx context.Context, card object) error {
+	had, id := card.text("Address"), card.text("InstanceID")
+	if none(had) || card.truth("StaticMacAddress") {
+		return nil
+	}
+	err := m.d.modifyResource(ctx, wsman.NewInstance(card.Class).Set("InstanceID", wsman.Of(id)).Set("StaticMacAddress", wsman.Of(true)).Set("Address", wsman.Of(had)))
+	if err != nil && !hostSaid(err) {
+		return err
+	}
+	back, err := m.d.Get(ctx, instance(card.Class, id))
+	if err != nil {
+		return err
+	}
+	if now := (object{back}); !now.truth("StaticMacAddress") || !strings.EqualFold(now.text("Address"), had) {
+		m.warn("the host does not keep a network card's address %s: it may choose another when the VM starts", macText(had))
 	}
 	return nil
 }

@@ -673,6 +673,7 @@ func TestImportNewAddress(t *testing.T) {
 		{name: "chosen by the host, which keeps it", refuse: true, warnings: 1},
 		{name: "static", static: true},
 		{name: "static, and to be kept", static: true, keep: true},
+		{name: "chosen by the host, and to be kept", keep: true},
 	} {
 		err := l.driver().modifyResource(t.Context(), wsman.NewInstance(classNIC).Set("InstanceID", wsman.Of(card.text("InstanceID"))).Set("StaticMacAddress", wsman.Of(c.static)))
 		if err != nil {
@@ -691,6 +692,9 @@ func TestImportNewAddress(t *testing.T) {
 		}
 		if c.warnings > 0 && !strings.Contains(done.Warnings[0], "still has the address "+macText(had)) {
 			t.Errorf("%s: %q", c.name, done.Warnings)
+		}
+		if static := l.settingsOf("web02", classNIC)[0].truth("StaticMacAddress"); static != c.keep {
+			t.Errorf("%s: static: %t", c.name, static)
 		}
 		l.takeAway("web02")
 	}
