@@ -56,6 +56,8 @@ soak: need-go ## what may go wrong seldom, for some hours: SEEDS=10000 simulatio
 	BACKSTAY_SOAK=1 $(GO) test -count=1 -v -timeout 12h -run '^TestNothingIsLost$$' ./internal/repo/internal/fencing
 	@echo "== a Hyper-V host: a fault at every request"
 	BACKSTAY_SOAK=1 $(GO) test -count=1 -timeout 2h -run '^TestFaultAtEveryRequest$$' ./internal/hypervisor/hyperv
+	@echo "== guests that change their hypervisor, and boot there"
+	BACKSTAY_SOAK=1 BACKSTAY_MAY_NOT_SKIP=1 $(GO) test -count=1 -timeout 2h -run '^TestGuestsChangeTheirHypervisor$$' ./cmd/backstay
 	@echo "== the samples: the SHA-256 of every byte"
 	BACKSTAY_SOAK=1 $(GO) test -count=1 -timeout 2h -run '^TestSamples' ./internal/image/...
 	@echo "== in pure Go"

@@ -20,13 +20,14 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/backstay/backstay/internal/cli"
+	"github.com/backstay/backstay/internal/hypervisor/kvm"
 )
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
 		"backstay": func() {
 			args := os.Args[1:]
-			if len(args) > 0 && args[0] != "help" && !strings.HasPrefix(args[0], "__complete") {
+			if len(args) > 0 && args[0] != kvm.WatchdogArg && args[0] != "help" && !strings.HasPrefix(args[0], "__complete") {
 				// Each script has its own journal, and none the machine's.
 				args = append([]string{"--state-dir", filepath.Join(os.Getenv("HOME"), "state")}, args...)
 			}

@@ -31,6 +31,7 @@ type restoreOptions struct {
 	force       bool
 	inPlace     bool
 	start       bool
+	bus         string // of a VM of libvirt's
 
 	// Of a VM on a Hyper-V host.
 	folder      string
@@ -52,7 +53,9 @@ func (a *app) restoreCmd() *cobra.Command {
 --to FILE makes one image; its format is the file's extension or --format.
 --to DIR/ makes all disks in a directory, with the VM's definition beside them;
 with --disk it makes that one there, and leaves alone what else is there.
---to kvm:///system/NAME makes a new VM of them, which never replaces one.
+--to kvm:///system/NAME makes a new VM of them, which never replaces one. One
+that comes from another hypervisor gets its disks on the bus that its guest is
+likeliest to boot from; --bus chooses another.
 --to hyperv://USER@HOST/NAME does so on a Hyper-V host, wherever the restore
 point comes from: in a folder of its own, written over SMB as VHDX, with new
 identifiers and its network cards connected to nothing. The URL is that of
@@ -66,6 +69,7 @@ image file writes only the chunks that differ; that is not atomic, and if it is
 interrupted the same command completes it.`,
 		Example: `  backstay restore web01 --to web01.vhdx --repo /srv/backup
   backstay restore web01/20261122T031500Z-7f3a9c01 --to /restored/
+  backstay restore hv-web01 --to kvm:///system/web01 --bus virtio --start
   backstay restore web01 --disk vdb --to data.raw
   backstay restore web01 --to kvm:///system/web01-again --start
   backstay restore web01 --to disk.qcow2 --in-place
@@ -84,6 +88,7 @@ interrupted the same command completes it.`,
 	f.BoolVar(&o.force, "force", false, "replace an existing target, once the restored one is whole")
 	f.BoolVar(&o.inPlace, "in-place", false, "write only the chunks that differ into an existing image; give an existing VM on Hyper-V its disks back")
 	f.BoolVar(&o.start, "start", false, "start the VM")
+	f.StringVar(&o.bus, "bus", "", "on KVM: "+oneOf(kvm.Buses)+", for disks of a VM of another hypervisor (default: what such a guest is likeliest to boot from)")
 	f.StringVar(&o.folder, "folder", "", `on the Hyper-V host: where the new VM's own folder is made (default: where the host keeps VMs)`)
 	f.BoolVar(&o.connectNICs, "connect-nics", false, "on Hyper-V: connect the new VM's network cards to the switches that they were connected to")
 	f.BoolVar(&o.keepMACs, "keep-macs", false, "on Hyper-V: network cards keep their addresses, for good, which the original may be using")
@@ -91,6 +96,7 @@ interrupted the same command completes it.`,
 	f.BoolVar(&o.powerOff, "power-off", false, "with --in-place on Hyper-V: switch the VM off when its restored disks are ready")
 	f.BoolVar(&o.removeOld, "remove-old", false, "with --in-place on Hyper-V: remove the old disks once the VM has the restored ones")
 	addHostFlags(f, &o.host)
+	completeWords(cmd, "bus", kvm.Buses)
 	completeWords(cmd, "firmware", []string{"bios", "uefi"})
 	completeWords(cmd, "format", formatWords())
 	var variants, compressions []string
@@ -163,6 +169,10 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 	}
 	switch {
 	case dst.kind() == "hyperv":
+	case o.bus != "" && dst.kind() != "kvm":
+		return usage("--bus goes with --to kvm:///system/NEWNAME")
+	case o.bus != "" && !slices.Contains(kvm.Buses, o.bus):
+		return usage("--bus %q: want %s", o.bus, oneOf(kvm.Buses))
 	case dst.scheme != "" && dst.vm == "":
 		return usage("--to %s names no VM: want kvm:///system/NEWNAME", o.to)
 	case dst.scheme != "" && (o.disk != "" || o.inPlace || o.force):
@@ -195,7 +205,12 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 		return a.restoreHyperV(ctx, from, r.ID(), p, dst, o, opts, bar)
 	}
 	if dst.scheme != "" {
-		return a.restoreVM(ctx, from, p, dst, restore.VMOptions{Options: opts, Name: dst.vm, Start: o.start}, bar)
+		return a.restoreVM(ctx, from, p, dst, restore.VMOptions{Options: opts, Name: dst.vm, Start: o.start}, o.bus, bar)
+	}
+	def, _, unknown := definitionOf(ctx, from, p)
+	opts.Sectors = sectorsOf(def)
+	if unknown != nil {
+		unknown = fmt.Errorf("whether a disk had sectors of more than 512 bytes can't be read: %w", unknown)
 	}
 	if o.disk == "" && len(p.Disks) != 1 && opts.Format == "" && restore.FormatOf(o.to) != "" {
 		return usage("%s has %s: choose one with --disk, or give a directory as --to DIR/", p.Ref(), plural(int64(len(p.Disks)), "disk"))
@@ -204,7 +219,7 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 		return usage("--to %s is a directory: with --in-place name an image file", o.to)
 	}
 	if isDirectory(o.to) && o.disk != "" {
-		return a.restoreInto(ctx, from, p, o, opts, bar)
+		return a.restoreInto(ctx, from, p, o, opts, unknown, bar)
 	}
 	if isDirectory(o.to) || o.disk == "" && len(p.Disks) != 1 && !o.inPlace {
 		res, err := restore.Directory(ctx, from, p, filepath.Clean(o.to), opts)
@@ -212,14 +227,14 @@ func (a *app) restore(ctx context.Context, o restoreOptions, ref string) error {
 		if err != nil {
 			return restoreHint(err, o.to)
 		}
-		return a.reportDisks(ctx, from, p, res)
+		return a.reportDisks(res, opts.Sectors, unknown)
 	}
-	return a.restoreDisk(ctx, from, p, o, opts, bar)
+	return a.restoreDisk(ctx, from, p, o, opts, unknown, bar)
 }
 
 // restoreInto restores one disk into a directory, which is made if it does not
 // exist, under the name that it would have beside the others.
-func (a *app) restoreInto(ctx context.Context, from restore.Repository, p *point.RestorePoint, o restoreOptions, opts restore.Options, bar *bar) error {
+func (a *app) restoreInto(ctx context.Context, from restore.Repository, p *point.RestorePoint, o restoreOptions, opts restore.Options, unknown error, bar *bar) error {
 	d, err := selectDisk(p, o.disk)
 	if err != nil {
 		return err
@@ -231,7 +246,7 @@ func (a *app) restoreInto(ctx context.Context, from restore.Repository, p *point
 		return err
 	}
 	made := os.Mkdir(dir, 0o755) == nil
-	err = a.restoreDisk(ctx, from, p, o, opts, bar)
+	err = a.restoreDisk(ctx, from, p, o, opts, unknown, bar)
 	if err != nil && made {
 		os.Remove(dir) // it is empty
 	}
@@ -277,7 +292,9 @@ func isDirectory(to string) bool {
 	return err == nil && st.IsDir()
 }
 
-func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point.RestorePoint, o restoreOptions, opts restore.Options, bar *bar) error {
+// restoreDisk restores one disk to a file. unknown is why its sectors are not
+// known, if they are not.
+func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point.RestorePoint, o restoreOptions, opts restore.Options, unknown error, bar *bar) error {
 	d, err := selectDisk(p, o.disk)
 	if err != nil {
 		return err
@@ -308,7 +325,7 @@ func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point
 			}
 		}
 	} else {
-		res, err = restore.Disk(ctx, src, o.to, opts)
+		res, err = restore.Disk(ctx, d.ID, src, o.to, opts)
 		err = restoreHint(err, o.to)
 	}
 	bar.end()
@@ -320,29 +337,38 @@ func (a *app) restoreDisk(ctx context.Context, from restore.Repository, p *point
 	if o.inPlace { // the image keeps its own sectors
 		return a.reportRestore(all)
 	}
-	return a.reportDisks(ctx, from, p, all)
+	return a.reportDisks(all, opts.Sectors, unknown)
 }
 
-// reportDisks reports a restore to images or to disks of a VM that have sectors
-// of 512 bytes, and warns of those that had others.
-func (a *app) reportDisks(ctx context.Context, from restore.Repository, p *point.RestorePoint, res restore.PointResult) error {
-	res.Warnings = sectorsLost(ctx, from, p, res.Disks)
+// reportDisks reports a restore to images, and warns of disks whose images
+// can't say what sectors they had.
+func (a *app) reportDisks(res restore.PointResult, sectors map[vm.DiskID]int, unknown error) error {
+	res.Warnings = sectorsLost(res.Disks, sectors)
+	if unknown != nil {
+		res.Warnings = append(res.Warnings, unknown.Error())
+	}
 	if err := a.reportRestore(res); err != nil {
 		return err
 	}
 	return a.warned(res.Warnings)
 }
 
-// sectorsLost names the disks that had sectors of another size than 512 bytes.
-func sectorsLost(ctx context.Context, from restore.Repository, p *point.RestorePoint, disks []restore.Result) (warnings []string) {
-	def, _, err := definitionOf(ctx, from, p)
-	if err != nil {
-		return []string{fmt.Sprintf("whether a disk had sectors of more than 512 bytes can't be read: %v", err)}
+// sectorsOf are the disks of a VM whose sectors are not of 512 bytes.
+func sectorsOf(def vm.Definition) map[vm.DiskID]int {
+	out := map[vm.DiskID]int{}
+	for _, d := range def.Disks {
+		if d.SectorBytes == 4096 { // there are no others
+			out[d.ID] = d.SectorBytes
+		}
 	}
+	return out
+}
+
+// sectorsLost names the disks that had other sectors than the restored ones say.
+func sectorsLost(disks []restore.Result, sectors map[vm.DiskID]int) (warnings []string) {
 	for _, d := range disks {
-		i := slices.IndexFunc(def.Disks, func(p vm.DiskPlace) bool { return p.ID == d.Disk })
-		if i >= 0 && def.Disks[i].SectorBytes > 512 {
-			warnings = append(warnings, fmt.Sprintf("disk %s had sectors of %d bytes, and the restored one is not marked so: a guest that is shown sectors of 512 bytes finds no partitions on it", d.Disk, def.Disks[i].SectorBytes))
+		if n := sectors[d.Disk]; n > 0 && n != d.SectorBytes {
+			warnings = append(warnings, fmt.Sprintf("disk %s had sectors of %d bytes, and the restored one is not marked so: a guest that is shown sectors of 512 bytes finds no partitions on it; a VHDX is marked", d.Disk, n))
 		}
 	}
 	return warnings
@@ -389,14 +415,16 @@ func (a *app) reportBuilt(b hypervisor.Built) {
 	}
 }
 
-func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.RestorePoint, dst source, o restore.VMOptions, bar *bar) error {
+func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.RestorePoint, dst source, o restore.VMOptions, bus string, bar *bar) error {
 	d, err := a.openKVM(ctx, dst, kvm.Options{})
 	if err != nil {
 		return err
 	}
 	defer d.Close()
-	host := kvmHost{d: d}
-	if _, own := p.Config["domain.xml"]; !own {
+	host := kvmHost{d: d, bus: bus}
+	if _, own := p.Config["domain.xml"]; own && bus != "" {
+		return usage("--bus: %s has libvirt's own definition of the VM, whose disks stay where they were", p.Ref())
+	} else if !own {
 		def, known, err := definitionOf(ctx, from, p)
 		if err != nil {
 			return err
@@ -416,16 +444,17 @@ func (a *app) restoreVM(ctx context.Context, from restore.Repository, p *point.R
 	if err != nil {
 		return err
 	}
-	if host.def == nil { // libvirt's own definition says what sectors there are
-		return a.reportRestore(res)
+	if err := a.reportRestore(res); err != nil {
+		return err
 	}
-	return a.reportDisks(ctx, from, p, res)
+	return a.warned(res.Warnings)
 }
 
 // kvmHost makes the KVM driver a place for restored VMs.
 type kvmHost struct {
 	d   *kvm.Driver
 	def *vm.Definition // of a VM of another hypervisor; nil for none
+	bus string
 }
 
 func (h kvmHost) Exists(ctx context.Context, name string) (bool, error) {
@@ -440,9 +469,9 @@ func (h kvmHost) Exists(ctx context.Context, name string) (bool, error) {
 
 func (h kvmHost) ImageDir(ctx context.Context) (string, error) { return h.d.ImageDir(ctx) }
 
-func (h kvmHost) Define(ctx context.Context, d restore.Definition) error {
+func (h kvmHost) Define(ctx context.Context, d restore.Definition) (hypervisor.Built, error) {
 	o := kvm.DefineOptions{
-		Name: d.Name, Machine: &d.Machine, Definition: h.def, DomainXML: d.Config["domain.xml"], NVRAM: d.Config["nvram"], Start: d.Start,
+		Name: d.Name, Machine: &d.Machine, Definition: h.def, Bus: h.bus, DomainXML: d.Config["domain.xml"], NVRAM: d.Config["nvram"], Start: d.Start,
 		Disks: map[vm.DiskID]string{}, DiskFormats: map[vm.DiskID]string{},
 	}
 	for id, img := range d.Disks {

@@ -22,6 +22,8 @@ import (
 // checkHyperV refuses what does not go with a VM on a Hyper-V host.
 func (o restoreOptions) checkHyperV(dst source) error {
 	switch {
+	case o.bus != "":
+		return usage("--bus goes with --to kvm:///system/NEWNAME")
 	case dst.vm == "":
 		return usage("--to %s names no VM: want hyperv://USER@HOST/NEWNAME", o.to)
 	case o.force:
@@ -96,7 +98,7 @@ func (a *app) restoreHyperV(ctx context.Context, from restore.Repository, repoID
 		return err
 	}
 	defer d.Close()
-	how := restore.BuildOptions{Options: opts, Prove: o.inPlace, Sectors: map[vm.DiskID]int{}}
+	how := restore.BuildOptions{Options: opts, Prove: o.inPlace}
 	def, _, err := definitionOf(ctx, from, p)
 	if err != nil && !o.inPlace {
 		return err
@@ -104,9 +106,7 @@ func (a *app) restoreHyperV(ctx context.Context, from restore.Repository, repoID
 	if err != nil {
 		a.say("warning: the disks get sectors of 512 bytes, as what they had can't be read: %v", err)
 	}
-	for _, p := range def.Disks {
-		how.Sectors[p.ID] = p.SectorBytes
-	}
+	how.Sectors = sectorsOf(def)
 	var b hypervisor.Builder
 	if o.inPlace {
 		b, how.Disks, err = a.replaceHyperV(ctx, d, repoID, p, dst, o)

@@ -11,7 +11,8 @@ import (
 )
 
 // A disk that boots by itself: the master boot record, then from 1 MiB on a
-// FAT partition with syslinux, the kernel and the initramfs, then the ext4
+// FAT partition with the kernel, the initramfs and two loaders, syslinux for a
+// BIOS and systemd-boot where UEFI looks without being told, then the ext4
 // partition. All of it is made without a mount and without the host's own
 // boot loader packages.
 const (
@@ -22,17 +23,32 @@ const (
 
 const bootConfig = "DEFAULT lab\nPROMPT 0\nTIMEOUT 0\nLABEL lab\n  KERNEL vmlinuz\n  INITRD initrd.img\n  APPEND " + quickBoot + "\n"
 
+const uefiConfig = "title lab\nlinux /vmlinuz\ninitrd /initrd.img\noptions " + quickBoot + "\n"
+
 // makeBoot writes boot.img, the disk's first part, from the kernel and the
 // initramfs in the same directory.
 func (d *debSource) makeBoot(ctx context.Context, guest, tree string) error {
-	for _, p := range []string{"syslinux", "syslinux-common", "mtools", "dosfstools"} {
+	for _, p := range []string{"syslinux", "syslinux-common", "systemd-boot-efi", "mtools", "dosfstools"} {
 		if err := d.unpack(ctx, p, tree); err != nil {
 			return err
 		}
 	}
-	config := filepath.Join(tree, "syslinux.cfg")
-	if err := os.WriteFile(config, []byte(bootConfig), 0o644); err != nil {
+	loader, err := os.ReadFile(filepath.Join(tree, "usr/lib/systemd/boot/efi/systemd-bootx64.efi"))
+	if err != nil {
 		return err
+	}
+	top := filepath.Join(tree, "partition")
+	for name, data := range map[string][]byte{
+		"syslinux.cfg": []byte(bootConfig), "EFI/BOOT/BOOTX64.EFI": loader,
+		"loader/loader.conf": []byte("timeout 0\n"), "loader/entries/lab.conf": []byte(uefiConfig),
+	} {
+		file := filepath.Join(top, name)
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(file, data, 0o644); err != nil {
+			return err
+		}
 	}
 	fat := filepath.Join(tree, "fat.img")
 	if err := os.WriteFile(fat, nil, 0o644); err != nil {
@@ -45,7 +61,8 @@ func (d *debSource) makeBoot(ctx context.Context, guest, tree string) error {
 	env := append(os.Environ(), "PATH="+filepath.Join(tree, "usr/bin")+":"+os.Getenv("PATH"), "MTOOLS_SKIP_CHECK=1")
 	for _, args := range [][]string{
 		{"sbin/mkfs.fat", "-F", "16", "-h", fmt.Sprint(bootStart / sectorBytes), "-n", "LABBOOT", "-i", "1ab00001", fat},
-		{"usr/bin/mcopy", "-i", fat, filepath.Join(guest, "vmlinuz"), filepath.Join(guest, "initrd.img"), config, "::/"},
+		{"usr/bin/mcopy", "-s", "-i", fat, filepath.Join(guest, "vmlinuz"), filepath.Join(guest, "initrd.img"),
+			filepath.Join(top, "syslinux.cfg"), filepath.Join(top, "EFI"), filepath.Join(top, "loader"), "::/"},
 		{"usr/bin/syslinux", "--install", fat},
 	} {
 		program := filepath.Join(tree, args[0])

@@ -23,8 +23,9 @@ import (
 var recipe embed.FS
 
 // guestModules are what the guest needs from the kernel package besides what
-// is built in; their own needs are found.
-var guestModules = []string{"virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "virtio_console", "virtio_rng", "ext4", "crc32c_generic", "crc32c_intel"}
+// is built in; their own needs are found. ata_piix is for disks on IDE; the
+// kernel has no driver for SATA.
+var guestModules = []string{"virtio_pci", "virtio_blk", "virtio_scsi", "ata_piix", "sd_mod", "virtio_console", "virtio_rng", "ext4", "crc32c_generic", "crc32c_intel"}
 
 // A Guest is a kernel and an initramfs ready to boot, in a cache directory.
 type Guest struct {
@@ -113,7 +114,7 @@ func build(ctx context.Context, cache string, o BuildOptions) (*Guest, error) {
 // that a new program does not boot an old guest.
 func recipeVersion() (string, error) {
 	h := sha256.New()
-	fmt.Fprintln(h, "recipe 3", guestModules)
+	fmt.Fprintln(h, "recipe 4", guestModules)
 	err := fs.WalkDir(recipe, ".", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err

@@ -11,7 +11,10 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs run /run
-exec >/dev/ttyS0 2>&1 </dev/null
+# A machine without a serial port is no reason to die.
+log=/dev/ttyS0
+(: >$log) 2>/dev/null || log=/dev/kmsg
+exec >$log 2>&1 </dev/null
 echo "LAB user space"
 
 option() { # option NAME DEFAULT
@@ -34,7 +37,7 @@ done
 
 mount_label() { # mount_label LABEL DIRECTORY
 	i=0
-	while [ $i -lt 20 ]; do
+	while [ $i -lt 100 ]; do
 		device=$(findfs "LABEL=$1" 2>/dev/null) && [ -n "$device" ] && break
 		[ "$3" = maybe ] && return 1
 		sleep 0.1

@@ -20,9 +20,6 @@ type BuildOptions struct {
 	Options // the format is VHDX; Variant "dynamic" or "fixed"
 	// Disks are those to restore; all of the restore point if it is empty.
 	Disks []vm.DiskID
-	// Sectors is how many bytes a sector of a disk has, 512 where it says
-	// nothing. A guest finds nothing on a disk whose sectors have another size.
-	Sectors map[vm.DiskID]int
 	// Prove reads every disk back from the host before the Builder commits, and
 	// compares it with the repository.
 	Prove bool

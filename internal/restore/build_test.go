@@ -79,7 +79,7 @@ func TestBuild(t *testing.T) {
 	}{
 		{name: "whole", what: "commit"},
 		{name: "fixed, proven", o: BuildOptions{Options: Options{Variant: "fixed"}, Prove: true}, what: "commit"},
-		{name: "sectors of 4 KiB", o: BuildOptions{Sectors: map[vm.DiskID]int{"vda": 4096}, Prove: true}, what: "commit"},
+		{name: "sectors of 4 KiB", o: BuildOptions{Options: Options{Sectors: map[vm.DiskID]int{"vda": 4096}}, Prove: true}, what: "commit"},
 		{name: "one of two", o: BuildOptions{Disks: []vm.DiskID{"vdb"}}, what: "commit"},
 		{name: "no room", b: fakeBuilder{free: 1 << 20}, err: fault.ErrNoSpace, what: "abort"},
 		{name: "a chunk can't be read", src: func(d *fakeDisk) { d.corrupt = 1 }, err: fault.ErrCorrupt, what: "abort"},

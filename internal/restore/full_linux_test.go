@@ -35,7 +35,7 @@ func TestOnAFullFileSystem(t *testing.T) {
 		"streamOptimized":  {Format: image.VMDK, Variant: "streamOptimized"},
 		"compressed qcow2": {Format: image.Qcow2, Compression: "zstd"},
 	} {
-		_, err := Disk(t.Context(), src, filepath.Join(dir, "disk"), o)
+		_, err := Disk(t.Context(), "vda", src, filepath.Join(dir, "disk"), o)
 		if !errors.Is(err, fault.ErrNoSpace) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -48,7 +48,7 @@ func TestOnAFullFileSystem(t *testing.T) {
 	}
 	// There is room for a little one, and holes take none.
 	little := newDisk(128<<20, 3, 255)
-	if _, err := Disk(t.Context(), little, filepath.Join(dir, "disk.raw"), Options{}); err != nil {
+	if _, err := Disk(t.Context(), "vda", little, filepath.Join(dir, "disk.raw"), Options{}); err != nil {
 		t.Fatal(err)
 	}
 	if got, _ := os.ReadFile(filepath.Join(dir, "disk.raw")); !bytes.Equal(got, little.content) {

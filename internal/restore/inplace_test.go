@@ -27,7 +27,7 @@ func changed(t *testing.T, src *fakeDisk, path string, o Options) {
 	now.content[3*step+5]++
 	clear(now.content[4*step : 5*step])
 	copy(now.content[9*step+7:], "written by the guest")
-	if _, err := Disk(t.Context(), now, path, o); err != nil {
+	if _, err := Disk(t.Context(), "vda", now, path, o); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -117,7 +117,7 @@ func TestInPlaceInterrupted(t *testing.T) {
 	}
 	// A whole new image by force completes it too.
 	os.WriteFile(Marker(target), nil, 0o600)
-	if _, err := Disk(t.Context(), src, target, Options{Force: true}); err != nil {
+	if _, err := Disk(t.Context(), "vda", src, target, Options{Force: true}); err != nil {
 		t.Fatal(err)
 	}
 	if ls(t, dir) != "disk.raw" {
@@ -196,7 +196,7 @@ func TestAnImageInUseIsLeftAlone(t *testing.T) {
 			if _, err := InPlace(t.Context(), &fakeRepo{}, src, target, Options{}); !errors.Is(err, fault.ErrLocked) {
 				t.Errorf("in place: %v", err)
 			}
-			if _, err := Disk(t.Context(), src, target, Options{Force: true}); !errors.Is(err, fault.ErrLocked) {
+			if _, err := Disk(t.Context(), "vda", src, target, Options{Force: true}); !errors.Is(err, fault.ErrLocked) {
 				t.Errorf("by force: %v", err)
 			}
 		})
@@ -236,7 +236,7 @@ func TestInPlaceFromAnything(t *testing.T) {
 			return c
 		}
 		target := filepath.Join(t.TempDir(), "disk.raw")
-		if _, err := Disk(t.Context(), newDisk(size, pick()...), target, Options{}); err != nil {
+		if _, err := Disk(t.Context(), "vda", newDisk(size, pick()...), target, Options{}); err != nil {
 			t.Fatal(err)
 		}
 		src := newDisk(size, pick()...)

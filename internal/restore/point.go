@@ -24,7 +24,7 @@ type PointResult struct {
 	Disks    []Result      `json:"disks"`
 	Files    []string      `json:"files,omitempty"` // of the machine's definition
 	Duration time.Duration `json:"duration_ns"`
-	// VM is what a Builder made of it; nil where the host is this machine.
+	// VM is what was made of it; nil for images.
 	VM *hypervisor.Built `json:"vm,omitempty"`
 	// Warnings say what is not as it was.
 	Warnings []string `json:"warnings,omitempty"`
@@ -180,11 +180,11 @@ func (o Options) disks(ctx context.Context, r Repository, p *point.RestorePoint,
 	results := make([]Result, 0, len(work))
 	for i, w := range work {
 		start := time.Now()
-		res, err := o.write(ctx, sources[i], filepath.Join(st.dir, w.file), w.format, each[i], prog, st.collides)
+		res, err := o.write(ctx, w.disk.ID, sources[i], filepath.Join(st.dir, w.file), w.format, each[i], prog, st.collides)
 		if err != nil {
 			return nil, fmt.Errorf("restore %s: disk %s: %w", p.Ref(), w.disk.ID, sized(err, need))
 		}
-		res.Disk, res.Duration = w.disk.ID, time.Since(start)
+		res.Duration = time.Since(start)
 		results = append(results, res)
 	}
 	return results, nil

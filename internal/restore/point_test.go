@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
@@ -144,7 +145,10 @@ type fakeHost struct {
 
 func (h *fakeHost) Exists(context.Context, string) (bool, error) { return h.taken, nil }
 func (h *fakeHost) ImageDir(context.Context) (string, error)     { return h.dir, nil }
-func (h *fakeHost) Define(_ context.Context, d Definition) error { h.made = &d; return h.fail }
+func (h *fakeHost) Define(_ context.Context, d Definition) (hypervisor.Built, error) {
+	h.made = &d
+	return hypervisor.Built{Name: d.Name}, h.fail
+}
 
 func TestVMOnAHost(t *testing.T) {
 	r, p := machine()

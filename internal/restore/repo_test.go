@@ -68,7 +68,7 @@ func TestFromARepository(t *testing.T) {
 	}
 	defer src.Close()
 	target := filepath.Join(t.TempDir(), "disk.raw")
-	if _, err := Disk(t.Context(), src, target, Options{}); err != nil {
+	if _, err := Disk(t.Context(), "vda", src, target, Options{}); err != nil {
 		t.Fatal(err)
 	}
 	same := func() {
@@ -116,7 +116,7 @@ func TestDamageInTheRepositoryIsNeverRestored(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer src.Close()
-	_, err = Disk(t.Context(), src, filepath.Join(dir, "disk.qcow2"), Options{})
+	_, err = Disk(t.Context(), "vda", src, filepath.Join(dir, "disk.qcow2"), Options{})
 	if !errors.Is(err, fault.ErrCorrupt) || !strings.Contains(err.Error(), "pack ") {
 		t.Errorf("got %v", err)
 	}

@@ -67,7 +67,11 @@ type Options struct {
 	// Compression of the image, where its format has it: "", "zlib", "zstd".
 	Compression string
 	Force       bool // replace an existing target
-	Workers     int  // reading, decrypting and writing; 0 for two more than there are processors
+	// Sectors is how many bytes a sector of a disk has, 512 where it says
+	// nothing. A guest finds nothing on a disk whose sectors have another size.
+	// Of image formats only VHDX holds it.
+	Sectors map[vm.DiskID]int
+	Workers int // reading, decrypting and writing; 0 for two more than there are processors
 	// Progress, if not nil, is told of bytes of the disks, from several
 	// goroutines. The total may grow.
 	Progress func(doneBytes, totalBytes int64)
@@ -88,10 +92,13 @@ func (o Options) workers() int {
 // A Result says what a restore of one disk did. All sizes are bytes of the
 // disk, not of the repository.
 type Result struct {
-	Disk      vm.DiskID    `json:"disk,omitempty"`
-	Target    string       `json:"target"`
-	Format    image.Format `json:"format"`
-	SizeBytes int64        `json:"size_bytes"`
+	Disk   vm.DiskID    `json:"disk,omitempty"`
+	Target string       `json:"target"`
+	Format image.Format `json:"format"`
+	// SectorBytes is what the image says of the guest's sectors, 0 for nothing.
+	SectorBytes int `json:"sector_bytes,omitempty"`
+
+	SizeBytes int64 `json:"size_bytes"`
 	// ReadBytes were read from the repository, and WrittenBytes of them went
 	// to the target; zeros and holes are in neither.
 	ReadBytes    int64 `json:"read_bytes"`
@@ -114,12 +121,12 @@ func FormatOf(path string) image.Format {
 // are named after it.
 func Extension(f image.Format) string { return "." + string(f) }
 
-// Disk restores src to a new image at target.
+// Disk restores src, which is the disk id, to a new image at target.
 //
 // Errors: fault.ErrExists for a target that is there, unless o.Force;
 // fault.ErrLocked for one that is in use or being restored to;
 // fault.ErrCorrupt, fault.ErrNoSpace. After an error the target is as it was.
-func Disk(ctx context.Context, src Source, target string, o Options) (Result, error) {
+func Disk(ctx context.Context, id vm.DiskID, src Source, target string, o Options) (Result, error) {
 	start := time.Now()
 	f := o.Format
 	if f == "" {
@@ -140,7 +147,7 @@ func Disk(ctx context.Context, src Source, target string, o Options) (Result, er
 		return Result{}, err
 	}
 	p := newProgress(o.Progress, need)
-	res, err := o.write(ctx, src, filepath.Join(st.dir, filepath.Base(target)), f, need, p, st.collides)
+	res, err := o.write(ctx, id, src, filepath.Join(st.dir, filepath.Base(target)), f, need, p, st.collides)
 	if err == nil {
 		err = st.publish(filepath.Base(target))
 	}

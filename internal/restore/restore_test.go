@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"github.com/backstay/backstay/internal/fault"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/open"
+	"github.com/backstay/backstay/internal/vm"
 )
 
 func TestEveryFormatIsWhatTheDiskWas(t *testing.T) {
@@ -38,7 +40,7 @@ func TestEveryFormatIsWhatTheDiskWas(t *testing.T) {
 			dir := t.TempDir()
 			target := filepath.Join(dir, c.file)
 			var last int64
-			res, err := Disk(t.Context(), src, target, Options{Variant: c.variant, Progress: func(done, total int64) { last = done - total }})
+			res, err := Disk(t.Context(), "vda", src, target, Options{Variant: c.variant, Progress: func(done, total int64) { last = done - total }})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -71,14 +73,14 @@ func TestOddDisks(t *testing.T) {
 			return []int{(size - 1) / step}
 		}()...)
 		target := filepath.Join(t.TempDir(), "d.raw")
-		if _, err := Disk(t.Context(), src, target, Options{}); err != nil {
+		if _, err := Disk(t.Context(), "vda", src, target, Options{}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 		if got, _ := os.ReadFile(target); !bytes.Equal(got, src.content) {
 			t.Errorf("%s: other bytes", name)
 		}
 	}
-	if _, err := Disk(t.Context(), newDisk(1), filepath.Join(t.TempDir(), "d.xyz"), Options{}); err == nil {
+	if _, err := Disk(t.Context(), "vda", newDisk(1), filepath.Join(t.TempDir(), "d.xyz"), Options{}); err == nil {
 		t.Error("an unknown extension was taken for a format")
 	}
 }
@@ -110,7 +112,7 @@ func TestFailureLeavesNothing(t *testing.T) {
 				defer cancel()
 				src := newDisk(8<<20, 0, 3, 4, 5, 6)
 				c.break_(src, &o, cancel)
-				_, err := Disk(ctx, src, target, o)
+				_, err := Disk(ctx, "vda", src, target, o)
 				if err == nil || c.want != nil && !errors.Is(err, c.want) {
 					t.Errorf("got %v, want %v", err, c.want)
 				}
@@ -176,14 +178,14 @@ func TestTargetsThatAreRefused(t *testing.T) {
 		{"no directory", filepath.Join(dir, "none", "x.raw"), false, fault.ErrNotFound},
 		{"a file for a directory", filepath.Join(file, "x.raw"), false, fault.ErrNotFound},
 	} {
-		if _, err := Disk(t.Context(), src, c.target, Options{Force: c.force}); !errors.Is(err, c.want) {
+		if _, err := Disk(t.Context(), "vda", src, c.target, Options{Force: c.force}); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 	}
 	if got, _ := os.ReadFile(file); string(got) != "old" {
 		t.Error("the old file was touched")
 	}
-	if _, err := Disk(t.Context(), src, file, Options{Force: true}); err != nil {
+	if _, err := Disk(t.Context(), "vda", src, file, Options{Force: true}); err != nil {
 		t.Error(err)
 	}
 	if got, _ := os.ReadFile(file); !bytes.Equal(got, src.content) {
@@ -199,7 +201,7 @@ func TestTargetThatAppearsMeanwhile(t *testing.T) {
 	src := newDisk(4<<20, 0, 3)
 	target := filepath.Join(t.TempDir(), "disk.raw")
 	src.during = func(int64) { os.WriteFile(target, []byte("theirs"), 0o600) }
-	if _, err := Disk(t.Context(), src, target, Options{}); !errors.Is(err, fault.ErrExists) {
+	if _, err := Disk(t.Context(), "vda", src, target, Options{}); !errors.Is(err, fault.ErrExists) {
 		t.Errorf("got %v", err)
 	}
 	if got, _ := os.ReadFile(target); string(got) != "theirs" {
@@ -211,11 +213,11 @@ func TestOneRestorePerTarget(t *testing.T) {
 	src := newDisk(4<<20, 0, 3)
 	target := filepath.Join(t.TempDir(), "disk.raw")
 	src.during = func(int64) {
-		if _, err := Disk(t.Context(), newDisk(1<<20), target, Options{}); !errors.Is(err, fault.ErrLocked) {
+		if _, err := Disk(t.Context(), "vda", newDisk(1<<20), target, Options{}); !errors.Is(err, fault.ErrLocked) {
 			t.Errorf("a second restore got %v", err)
 		}
 	}
-	if _, err := Disk(t.Context(), src, target, Options{}); err != nil {
+	if _, err := Disk(t.Context(), "vda", src, target, Options{}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -227,7 +229,7 @@ func TestLeftoverOfAKilledRestoreIsTakenAway(t *testing.T) {
 	os.WriteFile(filepath.Join(left, "disk.raw"), []byte("half"), 0o600)
 	src := newDisk(1<<20, 0)
 	target := filepath.Join(dir, "disk.raw")
-	if _, err := Disk(t.Context(), src, target, Options{}); err != nil {
+	if _, err := Disk(t.Context(), "vda", src, target, Options{}); err != nil {
 		t.Fatal(err)
 	}
 	if got := ls(t, dir); got != "disk.raw" {
@@ -240,7 +242,7 @@ func TestUnitsLargerThanAChunk(t *testing.T) {
 	src := newDisk(7*step+4096, 0, 1, 3, 7)
 	w := &unitWriter{unit: 3 << 18, got: make([]byte, len(src.content))}
 	o := Options{create: func(string, image.Format, image.CreateOptions) (image.Writer, error) { return w, nil }}
-	if _, err := Disk(t.Context(), src, filepath.Join(t.TempDir(), "x.raw"), o); err != nil {
+	if _, err := Disk(t.Context(), "vda", src, filepath.Join(t.TempDir(), "x.raw"), o); err != nil {
 		t.Fatal(err)
 	}
 	if !bytes.Equal(w.got, src.content) {
@@ -268,3 +270,34 @@ func (w *unitWriter) Unit() int64   { return w.unit }
 func (w *unitWriter) Ordered() bool { return false }
 func (w *unitWriter) Finish() error { return nil }
 func (w *unitWriter) Close() error  { return nil }
+
+// What sectors a guest saw is kept where the format can say so, and told where
+// it can't.
+func TestDiskKeepsSectors(t *testing.T) {
+	for file, want := range map[string]int{"disk.vhdx": 4096, "disk.qcow2": 0, "disk.raw": 0} {
+		src := newDisk(9<<20, 0, 3)
+		target := filepath.Join(t.TempDir(), file)
+		o := Options{Sectors: map[vm.DiskID]int{"vda": 4096}}
+		res, err := Disk(t.Context(), "vda", src, target, o)
+		if err != nil || res.SectorBytes != want {
+			t.Errorf("%s: sectors of %d bytes, want %d: %v", file, res.SectorBytes, want, err)
+			continue
+		}
+		img, err := open.Open(target, open.Options{})
+		if err != nil {
+			t.Errorf("%s: %v", file, err)
+			continue
+		}
+		got := make([]byte, len(src.content))
+		if _, err := img.ReadAt(got, 0); err != nil && err != io.EOF || !bytes.Equal(got, src.content) {
+			t.Errorf("%s does not hold what was restored: %v", file, err)
+		}
+		if n := img.Info().SectorBytes; want > 0 && n != want {
+			t.Errorf("%s says that its sectors have %d bytes", file, n)
+		}
+		img.Close()
+		if res, err := Disk(t.Context(), "vdb", newDisk(9<<20, 0), target+".other.vhdx", o); err != nil || res.SectorBytes != 0 {
+			t.Errorf("another disk: sectors of %d bytes, %v", res.SectorBytes, err)
+		}
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/point"
 	"github.com/backstay/backstay/internal/vm"
@@ -26,7 +27,7 @@ type Host interface {
 
 	// Define makes the VM, and starts it if asked to. After an error there is
 	// no VM of that name and nobody uses its disks.
-	Define(ctx context.Context, d Definition) error
+	Define(ctx context.Context, d Definition) (hypervisor.Built, error)
 }
 
 // A Definition describes the VM that a Host shall make.
@@ -123,12 +124,13 @@ func VM(ctx context.Context, r Repository, p *point.RestorePoint, h Host, o VMOp
 		res.Disks[i].Target = path
 		d.Disks[work[i].disk.ID] = DiskImage{Path: path, Format: work[i].format}
 	}
-	if err := h.Define(ctx, d); err != nil {
+	built, err := h.Define(ctx, d)
+	if err != nil {
 		for _, f := range files {
 			err = errors.Join(err, os.Remove(filepath.Join(dir, f)))
 		}
 		return res, fmt.Errorf("VM %s: %w", o.Name, err)
 	}
-	res.Duration = time.Since(start)
+	res.VM, res.Warnings, res.Duration = &built, built.Warnings, time.Since(start)
 	return res, nil
 }

@@ -11,21 +11,26 @@ import (
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/open"
 	"github.com/backstay/backstay/internal/repo"
+	"github.com/backstay/backstay/internal/vm"
 )
 
 // grain is the length in bytes of a run of zeros within a chunk that is not
 // worth writing.
 const grain = 64 << 10
 
-// write makes the new image path of src and makes it durable. need is how many
-// bytes of src are data. made, if not nil, is called once the image's files
+// write makes the new image path of src, the disk id, and makes it durable. need
+// is how many bytes of src are data. made, if not nil, is called once the image's files
 // exist.
-func (o Options) write(ctx context.Context, src Source, path string, f image.Format, need int64, p *progress, made func() error) (Result, error) {
+func (o Options) write(ctx context.Context, id vm.DiskID, src Source, path string, f image.Format, need int64, p *progress, made func() error) (Result, error) {
 	create := o.create
 	if create == nil {
 		create = open.Create
 	}
-	w, err := create(path, f, image.CreateOptions{VirtualBytes: src.Size(), Variant: o.Variant, Compression: o.Compression})
+	how := image.CreateOptions{VirtualBytes: src.Size(), Variant: o.Variant, Compression: o.Compression}
+	if f == image.VHDX && o.Sectors[id] > 512 {
+		how.SectorBytes = o.Sectors[id]
+	}
+	w, err := create(path, f, how)
 	if err != nil {
 		return Result{}, classify(err)
 	}
@@ -39,7 +44,7 @@ func (o Options) write(ctx context.Context, src Source, path string, f image.For
 		}
 	}
 	res, err := o.fill(ctx, src, w, path, need, p)
-	res.Format = f
+	res.Disk, res.Format, res.SectorBytes = id, f, how.SectorBytes
 	return res, err
 }
 

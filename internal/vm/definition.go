@@ -11,16 +11,27 @@ type Definition struct {
 	Hypervisor  string `json:"hypervisor"` // where it comes from
 	Processors  int    `json:"processors,omitempty"`
 	MemoryBytes int64  `json:"memory_bytes,omitempty"` // when it starts
-	Firmware    string `json:"firmware,omitempty"`     // "bios" or "uefi"
-	SecureBoot  bool   `json:"secure_boot,omitempty"`
+	// MemoryMaxBytes is how far it may grow while it runs, if it may.
+	MemoryMaxBytes int64  `json:"memory_max_bytes,omitempty"`
+	Guest          string `json:"guest,omitempty"`    // GuestLinux or GuestWindows, by its own word
+	Firmware       string `json:"firmware,omitempty"` // "bios" or "uefi"
+	SecureBoot     bool   `json:"secure_boot,omitempty"`
 	// SecureBootTemplate is whose signatures Hyper-V takes, by its GUID.
 	SecureBootTemplate string `json:"secure_boot_template,omitempty"`
 
-	TPM   bool        `json:"tpm,omitempty"`
-	Notes string      `json:"notes,omitempty"`
-	Disks []DiskPlace `json:"disks"`
-	NICs  []NIC       `json:"nics,omitempty"`
+	TPM bool `json:"tpm,omitempty"`
+	// Beyond names, in words, what the VM has and this can't describe.
+	Beyond []string    `json:"beyond,omitempty"`
+	Notes  string      `json:"notes,omitempty"`
+	Disks  []DiskPlace `json:"disks"`
+	NICs   []NIC       `json:"nics,omitempty"`
 }
+
+// What may run in a VM, as far as devices are chosen by it.
+const (
+	GuestLinux   = "linux"
+	GuestWindows = "windows"
+)
 
 // A DiskPlace is a disk and where it hangs; all of the VM's, also those that
 // are not in the restore point.

@@ -36,7 +36,7 @@ func (b *beginning) describeConfig(ctx context.Context) {
 // definition is the VM without what only Hyper-V has.
 func (b *beginning) definition(ctx context.Context) vm.Definition {
 	s := b.frozen
-	def := vm.Definition{Version: 1, Name: b.sys.name, UUID: b.sys.guid, Hypervisor: "hyperv", Firmware: "bios",
+	def := vm.Definition{Version: 1, Name: b.sys.name, UUID: b.sys.guid, Hypervisor: "hyperv", Firmware: "bios", Guest: b.ready.guest,
 		Notes: strings.Join(s.list("Notes"), "\n")}
 	if strings.HasSuffix(s.text("VirtualSystemSubType"), ":2") {
 		def.Firmware, def.SecureBoot, def.SecureBootTemplate = "uefi", s.truth("SecureBootEnabled"), s.text("SecureBootTemplateId")
@@ -55,6 +55,9 @@ func (b *beginning) definition(ctx context.Context) vm.Definition {
 	for _, o := range ask("Msvm_MemorySettingData") {
 		n, _ := o.number("VirtualQuantity") // in MiB
 		def.MemoryBytes = n << 20
+		if most, _ := o.number("Limit"); o.truth("DynamicMemoryEnabled") && most > n && most < 1<<30 {
+			def.MemoryMaxBytes = most << 20
+		}
 	}
 	ports := ask("Msvm_EthernetPortAllocationSettingData")
 	nics := func(class, model string) {

@@ -619,7 +619,7 @@ func TestDefinition(t *testing.T) {
 	if len(files) != 1 || files[0].Name != "vm.json" {
 		t.Fatalf("%+v", files)
 	}
-	for _, want := range []string{`"processors": 4`, `"memory_bytes": 2147483648`, `"firmware": "uefi"`, `"secure_boot": true`, `"bus": "scsi"`, `"id": "scsi0:0"`} {
+	for _, want := range []string{`"processors": 4`, `"memory_bytes": 2147483648`, `"memory_max_bytes": 8589934592`, `"guest": "windows"`, `"firmware": "uefi"`, `"secure_boot": true`, `"bus": "scsi"`, `"id": "scsi0:0"`} {
 		if !bytes.Contains(files[0].Data, []byte(want)) {
 			t.Errorf("no %s in %s", want, files[0].Data)
 		}

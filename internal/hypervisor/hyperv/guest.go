@@ -14,6 +14,9 @@ type readiness struct {
 	why  string // it is not application
 	// outdated says what is odd about the integration services that work.
 	outdated string
+	// guest is what runs in the VM, as vm.Definition says it; empty where
+	// nobody told.
+	guest string
 }
 
 const switchedOff = "its integration service for backups is switched off: switch on \"Backup (volume shadow copy)\" among the VM's integration services"
@@ -28,8 +31,9 @@ const (
 // guest asks what the guest's integration services allow. What can't be asked
 // is not there.
 func (c *client) guest(ctx context.Context, s system) readiness {
+	runs, known := "", false
 	crash := func(format string, args ...any) readiness {
-		return readiness{best: vm.GradeCrash, why: fmt.Sprintf(format, args...)}
+		return readiness{best: vm.GradeCrash, why: fmt.Sprintf(format, args...), guest: runs}
 	}
 	switch s.state {
 	case stateRunning:
@@ -38,6 +42,7 @@ func (c *client) guest(ctx context.Context, s system) readiness {
 	default:
 		return crash("the VM is %s", stateName(s.state))
 	}
+	runs, known = c.runs(ctx, s)
 	list, err := c.query(ctx, associated(s.ref, "Msvm_SystemDevice", "Msvm_VssComponent"))
 	switch {
 	case err != nil:
@@ -47,7 +52,7 @@ func (c *client) guest(ctx context.Context, s system) readiness {
 	}
 	status, _ := list[0].numbers("OperationalStatus")
 	said := strings.Join(list[0].list("StatusDescriptions"), ", ")
-	r := readiness{best: vm.GradeFilesystem}
+	r := readiness{best: vm.GradeFilesystem, guest: runs}
 	switch enabled, ok := list[0].number("EnabledState"); {
 	case ok && enabled != serviceEnabled:
 		return crash(switchedOff)
@@ -57,8 +62,8 @@ func (c *client) guest(ctx context.Context, s system) readiness {
 	default:
 		return crash("the guest's integration service for backups does not answer (%s): see in the guest that its service runs, \"Hyper-V Volume Shadow Copy Requestor\" in Windows and hv_vss_daemon in Linux", said)
 	}
-	switch windows, known := c.isWindows(ctx, s); {
-	case windows:
+	switch {
+	case runs == vm.GuestWindows:
 		r.best = vm.GradeApplication
 	case known:
 		r.why = "the guest is not Windows: its file systems are frozen, and nothing tells its applications"
@@ -75,21 +80,30 @@ func stateName(state int64) string {
 	return fmt.Sprintf("in state %d", state)
 }
 
-// isWindows asks the guest's data exchange service. Windows gives its platform,
-// Linux its distribution's name.
-func (c *client) isWindows(ctx context.Context, s system) (windows, known bool) {
+// runs asks the guest's data exchange service what the guest is, as
+// vm.Definition says it. Windows gives its platform, Linux its distribution's
+// name. It is empty for others, and where known is false for all.
+func (c *client) runs(ctx context.Context, s system) (guest string, known bool) {
 	list, err := c.query(ctx, associated(s.ref, "Msvm_SystemDevice", "Msvm_KvpExchangeComponent"))
 	if err != nil || len(list) == 0 {
-		return false, false
+		return "", false
 	}
+	name, windows := "", false
 	for _, o := range list[0].embedded("GuestIntrinsicExchangeItems") {
 		switch data := o.text("Data"); o.text("Name") {
 		case "OSPlatformId":
 			windows = windows || data == "2"
 		case "OSName":
-			known = data != ""
-			windows = windows || strings.Contains(strings.ToLower(data), "windows")
+			name = strings.ToLower(data)
 		}
 	}
-	return windows, known || windows
+	switch {
+	case windows || strings.Contains(name, "windows"):
+		return vm.GuestWindows, true
+	case strings.Contains(name, "bsd"):
+		return "", true
+	case name != "":
+		return vm.GuestLinux, true
+	}
+	return "", false
 }

@@ -208,7 +208,8 @@ func (h *fakeHost) components(id, class string) (out []*wsman.Instance) {
 	case "Msvm_ProcessorSettingData":
 		return []*wsman.Instance{wsman.NewInstance(class).Set("VirtualQuantity", wsman.Of(uint64(4)))}
 	case "Msvm_MemorySettingData":
-		return []*wsman.Instance{wsman.NewInstance(class).Set("VirtualQuantity", wsman.Of(uint64(2048)))}
+		return []*wsman.Instance{wsman.NewInstance(class).Set("VirtualQuantity", wsman.Of(uint64(2048))).
+			Set("DynamicMemoryEnabled", wsman.Of(true)).Set("Limit", wsman.Of(uint64(8192)))}
 	}
 	return nil
 }

@@ -102,6 +102,12 @@ func (m *making) plan() error {
 			m.warn("Secure Boot is off: whether the guest's boot loader passes on this host is not known; switch it on once it does")
 		}
 	}
+	if m.generation == 2 && def.Hypervisor == "kvm" {
+		m.note(`its UEFI has no boot entries of the old one: it starts \EFI\BOOT\BOOTX64.EFI of the first disk that has it`)
+	}
+	for _, what := range def.Beyond {
+		m.warn("the new VM lacks %s", what)
+	}
 	if def.TPM {
 		m.warn("the VM had a virtual TPM, whose secrets stay with the old VM: a guest that keeps its key there (BitLocker) asks for its recovery key")
 	}

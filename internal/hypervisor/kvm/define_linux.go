@@ -13,6 +13,7 @@ import (
 	"libvirt.org/go/libvirtxml"
 
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor"
 )
 
 // defaultImageDir is libvirt's own, where no pool says otherwise.
@@ -53,27 +54,28 @@ func (d *Driver) ImageDir(ctx context.Context) (string, error) {
 // Define makes a new VM of restored disks: with a UUID of its own, and without
 // checkpoints. After an error there is none. The disks stay in either case.
 // Errors: fault.ErrExists if there is a VM of that name.
-func (d *Driver) Define(ctx context.Context, o DefineOptions) error {
-	if err := d.define(ctx, o); err != nil {
-		return fmt.Errorf("define VM %q: %w", o.Name, err)
+func (d *Driver) Define(ctx context.Context, o DefineOptions) (hypervisor.Built, error) {
+	built, err := d.define(ctx, o)
+	if err != nil {
+		return built, fmt.Errorf("define VM %q: %w", o.Name, err)
 	}
-	return nil
+	return built, nil
 }
 
-func (d *Driver) define(ctx context.Context, o DefineOptions) (err error) {
+func (d *Driver) define(ctx context.Context, o DefineOptions) (built hypervisor.Built, err error) {
 	if o.Name == "" || strings.Contains(o.Name, "/") {
-		return fmt.Errorf("libvirt takes no such name: %w", fault.ErrUnsupported)
+		return built, fmt.Errorf("libvirt takes no such name: %w", fault.ErrUnsupported)
 	}
 	if len(o.NVRAM) > 0 && !isLocal(d.uri) {
-		return fmt.Errorf("its UEFI variables can't be stored on %s from here: %w", d.uri.Host, fault.ErrUnsupported)
+		return built, fmt.Errorf("its UEFI variables can't be stored on %s from here: %w", d.uri.Host, fault.ErrUnsupported)
 	}
 	c := newConn(d.uri)
 	defer c.close()
 	switch _, err := c.lookup(ctx, o.Name); {
 	case err == nil:
-		return fault.ErrExists
+		return built, fault.ErrExists
 	case !errors.Is(err, fault.ErrNotFound) || errors.Is(err, errNotRunning):
-		return err
+		return built, err
 	}
 	var undo []func()
 	defer func() {
@@ -84,25 +86,26 @@ func (d *Driver) define(ctx context.Context, o DefineOptions) (err error) {
 	nvram := ""
 	if len(o.NVRAM) > 0 {
 		if nvram, err = d.writeNVRAM(ctx, o); err != nil {
-			return err
+			return built, err
 		}
 		undo = append(undo, func() { os.Remove(nvram) })
 	}
-	x, err := d.definition(ctx, o, nvram)
+	x, built, err := d.definition(ctx, o, nvram)
 	if err != nil {
-		return err
+		return built, err
 	}
+	built.Name, built.UUID, built.How = o.Name, x.UUID, "definition"
 	text, err := x.Marshal()
 	if err != nil {
-		return err
+		return built, err
 	}
 	id, err := parseUUID(x.UUID)
 	if err != nil {
-		return err
+		return built, err
 	}
 	dom := libvirt.Domain{Name: o.Name, UUID: id, ID: -1}
 	if err := ctx.Err(); err != nil {
-		return err
+		return built, err
 	}
 	// From here on it may be there, whatever we are told: the UUID is ours, so
 	// that what has it is ours to take away.
@@ -118,13 +121,14 @@ func (d *Driver) define(ctx context.Context, o DefineOptions) (err error) {
 		err = ctx.Err()
 	}
 	if err != nil || !o.Start {
-		return err
+		return built, err
 	}
 	err = c.do(whole, beginTimeout, func(l *libvirt.Libvirt) error { return l.DomainCreate(dom) })
 	if err == nil {
 		err = ctx.Err()
 	}
-	return err
+	built.Running = err == nil
+	return built, err
 }
 
 // remove stops and undefines a VM of which nobody knows how far its making
@@ -141,32 +145,30 @@ func (c *conn) remove(ctx context.Context, dom libvirt.Domain) {
 }
 
 // definition chooses between the stored definition and a neutral one.
-func (d *Driver) definition(ctx context.Context, o DefineOptions, nvram string) (*libvirtxml.Domain, error) {
+func (d *Driver) definition(ctx context.Context, o DefineOptions, nvram string) (*libvirtxml.Domain, hypervisor.Built, error) {
 	if len(o.DomainXML) == 0 {
-		virt, err := d.virtType(ctx)
-		return neutral(o, virt, nvram), err
+		host, err := d.platform(ctx)
+		if err != nil {
+			return nil, hypervisor.Built{}, err
+		}
+		return neutral(o, host, nvram)
 	}
 	x, dropped, err := redefine(o, nvram)
+	var built hypervisor.Built
 	for _, what := range dropped {
-		d.log.Warn("the new VM lacks something", "vm", o.Name, "what", what)
+		built.Warnings = append(built.Warnings, "the new VM lacks "+what)
 	}
-	return x, err
+	return x, built, err
 }
 
-// virtType is "kvm" where libvirt offers it, else emulation.
-func (d *Driver) virtType(ctx context.Context) (string, error) {
-	var text string
-	err := d.again(ctx, callTimeout, func(l *libvirt.Libvirt) (err error) {
-		text, err = l.ConnectGetCapabilities()
+// platform asks what libvirt can run.
+func (d *Driver) platform(ctx context.Context) (p platform, err error) {
+	err = d.again(ctx, callTimeout, func(l *libvirt.Libvirt) error {
+		text, err := l.ConnectGetCapabilities()
+		p = platformOf(text)
 		return err
 	})
-	if err != nil {
-		return "", err
-	}
-	if strings.Contains(text, "<domain type='kvm'") {
-		return "kvm", nil
-	}
-	return "qemu", nil
+	return p, err
 }
 
 // writeNVRAM puts the UEFI variables beside the first disk: libvirt's own

@@ -38,7 +38,7 @@ func TestDefineFromBackup(t *testing.T) {
 
 	bad := o
 	bad.Disks = map[vm.DiskID]string{"vda": h.lab.Path("not-there")}
-	if err := h.Define(h.ctx, bad); err == nil {
+	if _, err := h.Define(h.ctx, bad); err == nil {
 		t.Error("a VM started without its disk")
 	}
 	if _, err := new.State(h.ctx); err == nil {
@@ -48,7 +48,11 @@ func TestDefineFromBackup(t *testing.T) {
 		t.Error("its UEFI variables are left")
 	}
 
-	h.ok(h.Define(h.ctx, o))
+	built, err := h.Define(h.ctx, o)
+	h.ok(err)
+	if built.Name != "web02" || !built.Running || len(built.Warnings) > 0 {
+		t.Errorf("made %+v", built)
+	}
 	h.ok(new.WaitAgent(h.ctx))
 	if said, err := new.Verify(h.ctx); err != nil || !strings.HasPrefix(said, "WORKLOAD VERIFY OK app-consistent") {
 		t.Errorf("the restored guest says %q, %v", said, err)
@@ -56,7 +60,7 @@ func TestDefineFromBackup(t *testing.T) {
 	if data, err := os.ReadFile(vars); err != nil || string(data) != "variables" {
 		t.Errorf("UEFI variables: %q, %v", data, err)
 	}
-	if err := h.Define(h.ctx, o); !errors.Is(err, fault.ErrExists) {
+	if _, err := h.Define(h.ctx, o); !errors.Is(err, fault.ErrExists) {
 		t.Errorf("a VM was replaced: %v", err)
 	}
 	dom, err := h.Driver.lookup(h.ctx, "web02")
@@ -79,7 +83,7 @@ func TestDefineInterrupted(t *testing.T) {
 		Disks: map[vm.DiskID]string{"a": h.lab.Path("half.qcow2")}, DiskFormats: map[vm.DiskID]string{"a": "qcow2"}}
 	for wait := 5 * time.Millisecond; wait < time.Second; wait *= 2 {
 		ctx, cancel := context.WithTimeout(h.ctx, wait)
-		err := h.Define(ctx, o)
+		_, err := h.Define(ctx, o)
 		cancel()
 		state, gone := half.State(h.ctx)
 		if (err == nil) != (gone == nil) {
@@ -96,7 +100,7 @@ func TestDefineFromImages(t *testing.T) {
 	h := newHost(t)
 	h.image("foreign.qcow2", "-f", "qcow2")
 	m := &vm.Machine{Disks: []vm.Disk{{ID: "os.vhdx"}}}
-	err := h.Define(h.ctx, DefineOptions{Name: "foreign", Machine: m, Disks: map[vm.DiskID]string{"os.vhdx": h.lab.Path("foreign.qcow2")},
+	_, err := h.Define(h.ctx, DefineOptions{Name: "foreign", Machine: m, Disks: map[vm.DiskID]string{"os.vhdx": h.lab.Path("foreign.qcow2")},
 		DiskFormats: map[vm.DiskID]string{"os.vhdx": "qcow2"}})
 	h.ok(err)
 	defer h.lab.VM("foreign").Remove(context.Background())

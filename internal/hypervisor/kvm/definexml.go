@@ -11,13 +11,6 @@ import (
 	"github.com/backstay/backstay/internal/vm"
 )
 
-// Memory and processors of a VM of which no hypervisor told us, and that an
-// administrator will want to look at anyway.
-const (
-	neutralMemoryMiB = 2048
-	neutralVCPUs     = 2
-)
-
 // redefine turns the definition that a restore point keeps into that of a new
 // VM. What only one VM can have, it gets anew or does without; files behind
 // serial ports and fixed ports of consoles stay, so that two that have such
@@ -112,92 +105,4 @@ func diskFormat(o DefineOptions, id vm.DiskID) string {
 		return f
 	}
 	return "raw"
-}
-
-// neutral defines a VM for disks that came without a definition: from another
-// hypervisor, or from image files. Its devices are those that every guest
-// knows, unless the disks say more.
-func neutral(o DefineOptions, virt, nvram string) *libvirtxml.Domain {
-	d := &libvirtxml.DomainDeviceList{
-		Channels: []libvirtxml.DomainChannel{{
-			Source: &libvirtxml.DomainChardevSource{UNIX: &libvirtxml.DomainChardevSourceUNIX{}},
-			Target: &libvirtxml.DomainChannelTarget{VirtIO: &libvirtxml.DomainChannelTargetVirtIO{Name: "org.qemu.guest_agent.0"}}}},
-		Graphics: []libvirtxml.DomainGraphic{{VNC: &libvirtxml.DomainGraphicVNC{AutoPort: "yes", Listen: "127.0.0.1"}}},
-	}
-	bus := map[vm.DiskID]string{}
-	order := slices.Sorted(maps.Keys(o.Disks))
-	if o.Machine != nil { // the machine's own order, as far as it knows the disks
-		var known []vm.DiskID
-		for _, k := range o.Machine.Disks {
-			if _, ok := o.Disks[k.ID]; ok {
-				known = append(known, k.ID)
-				bus[k.ID] = k.Bus
-			}
-		}
-		order = append(known, slices.DeleteFunc(order, func(id vm.DiskID) bool { return slices.Contains(known, id) })...)
-	}
-	used := map[string]int{}
-	for i, id := range order {
-		b, prefix := "sata", "sd"
-		switch {
-		case o.Definition != nil: // its buses are not ours, and every guest knows this one
-		case bus[id] == "virtio":
-			b, prefix = "virtio", "vd"
-		case bus[id] == "scsi", bus[id] == "usb":
-			b = bus[id]
-		}
-		k := libvirtxml.DomainDisk{Device: "disk",
-			Driver: &libvirtxml.DomainDiskDriver{Name: "qemu", Type: diskFormat(o, id)},
-			Source: &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: o.Disks[id]}},
-			Target: &libvirtxml.DomainDiskTarget{Dev: prefix + letters(used[prefix]), Bus: b},
-			Boot:   &libvirtxml.DomainDeviceBoot{Order: uint(i + 1)}}
-		used[prefix]++
-		d.Disks = append(d.Disks, k)
-	}
-	x := &libvirtxml.Domain{Type: virt, Name: o.Name, UUID: newUUID(),
-		Memory:   &libvirtxml.DomainMemory{Value: neutralMemoryMiB, Unit: "MiB"},
-		VCPU:     &libvirtxml.DomainVCPU{Value: neutralVCPUs},
-		OS:       &libvirtxml.DomainOS{Type: &libvirtxml.DomainOSType{Type: "hvm", Arch: "x86_64", Machine: "q35"}},
-		Features: &libvirtxml.DomainFeatureList{ACPI: &libvirtxml.DomainFeature{}, APIC: &libvirtxml.DomainFeatureAPIC{}},
-		Devices:  d}
-	if nvram != "" {
-		x.OS.Firmware = "efi"
-		x.OS.NVRam = &libvirtxml.DomainNVRam{NVRam: nvram}
-	}
-	if o.Definition != nil {
-		describe(x, *o.Definition)
-	}
-	return x
-}
-
-// describe gives a VM what another hypervisor said of it. Its network cards
-// are there and lead nowhere: the networks are that one's.
-func describe(x *libvirtxml.Domain, def vm.Definition) {
-	if def.MemoryBytes > 0 {
-		x.Memory = &libvirtxml.DomainMemory{Value: uint(def.MemoryBytes >> 10), Unit: "KiB"}
-	}
-	if def.Processors > 0 {
-		x.VCPU = &libvirtxml.DomainVCPU{Value: uint(def.Processors)}
-	}
-	x.Description = def.Notes
-	if def.Firmware == "uefi" {
-		x.OS.Firmware = "efi"
-		x.OS.FirmwareInfo = &libvirtxml.DomainOSFirmwareInfo{Features: []libvirtxml.DomainOSFirmwareFeature{{Name: "secure-boot", Enabled: "no"}}}
-	}
-	for range def.NICs {
-		x.Devices.Interfaces = append(x.Devices.Interfaces, libvirtxml.DomainInterface{
-			Source: &libvirtxml.DomainInterfaceSource{User: &libvirtxml.DomainInterfaceSourceUser{}},
-			Model:  &libvirtxml.DomainInterfaceModel{Type: "e1000e"},
-			Link:   &libvirtxml.DomainInterfaceLink{State: "down"},
-		})
-	}
-}
-
-// letters numbers devices as Linux does: a, b, … z, aa, ab, …
-func letters(n int) string {
-	s := string(rune('a' + n%26))
-	if n >= 26 {
-		return letters(n/26-1) + s
-	}
-	return s
 }

@@ -37,6 +37,12 @@ func Describe(domainXML []byte) (vm.Definition, error) {
 		return def, nil
 	}
 	def.TPM = len(x.Devices.TPMs) > 0
+	for range x.Devices.Hostdevs {
+		def.Beyond = append(def.Beyond, "a device of the host that was passed through")
+	}
+	for range x.Devices.Filesystems {
+		def.Beyond = append(def.Beyond, "a directory of the host that was shared with the guest")
+	}
 	for _, k := range inBootOrder(x) {
 		p := vm.DiskPlace{ID: vm.DiskID(k.Target.Dev), Bus: k.Target.Bus, Slot: len(def.Disks)}
 		if k.Source != nil && k.Source.File != nil {

@@ -42,6 +42,7 @@ type DefineOptions struct {
 	DomainXML   []byte               // as the restore point keeps it; empty for VMs of other hypervisors
 	Machine     *vm.Machine          // what is known where there is no DomainXML; may be nil
 	Definition  *vm.Definition       // what another hypervisor said of it; may be nil
+	Bus         string               // of Buses, for disks of VMs without a DomainXML; "" to choose one
 	Disks       map[vm.DiskID]string // path of each restored disk
 	DiskFormats map[vm.DiskID]string // "raw", "qcow2", …
 	NVRAM       []byte               // empty for none

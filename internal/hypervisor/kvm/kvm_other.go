@@ -19,7 +19,9 @@ type Driver struct{ hypervisor.Driver }
 func Open(context.Context, Options) (*Driver, error) { return nil, errHere }
 
 // Define fails as Open does.
-func (*Driver) Define(context.Context, DefineOptions) error { return errHere }
+func (*Driver) Define(context.Context, DefineOptions) (hypervisor.Built, error) {
+	return hypervisor.Built{}, errHere
+}
 
 // ImageDir fails as Open does.
 func (*Driver) ImageDir(context.Context) (string, error) { return "", errHere }

@@ -242,8 +242,11 @@ func TestRedefine(t *testing.T) {
 }
 
 func TestNeutral(t *testing.T) {
-	x := neutral(DefineOptions{Name: "n", Disks: map[vm.DiskID]string{"os.vhdx": "/r/os", "a.vmdk": "/r/a"},
-		Machine: &vm.Machine{Disks: []vm.Disk{{ID: "os.vhdx", Bus: "virtio"}, {ID: "cd"}, {ID: "a.vmdk", Bus: "ide"}}}}, "qemu", "")
+	x, told, err := neutral(DefineOptions{Name: "n", Disks: map[vm.DiskID]string{"os.vhdx": "/r/os", "a.vmdk": "/r/a"},
+		Machine: &vm.Machine{Disks: []vm.Disk{{ID: "os.vhdx", Bus: "virtio"}, {ID: "cd"}, {ID: "a.vmdk", Bus: "ide"}}}}, platform{virt: "qemu"}, "")
+	if err != nil || len(told.Notes) != 1 || !strings.Contains(told.Notes[0], "does not describe the VM") {
+		t.Fatalf("%+v, %v", told, err)
+	}
 	d := x.Devices.Disks
 	if len(d) != 2 || d[0].Source.File.File != "/r/os" || d[0].Target.Dev != "vda" || d[1].Target.Dev != "sda" || d[1].Target.Bus != "sata" {
 		t.Errorf("disks %+v", d)
