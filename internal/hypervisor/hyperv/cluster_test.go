@@ -637,6 +637,9 @@ func TestClusterThatCannotBeAsked(t *testing.T) {
 // A new VM on a node is no role of the cluster, and whoever made it is told so,
 // and how it becomes one.
 func TestNewVMIsNoRole(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds")
+	}
 	l := newClusterLab(t, 2)
 	notes := func(d *Driver, name, folder string) string {
 		t.Helper()

@@ -46,7 +46,7 @@ type Driver struct {
 	truncateLogs bool
 
 	settleTime, busyTime, mergeWait, watchTime time.Duration
-	failTime, roamTime, nodeOutage             time.Duration
+	failTime, roamTime, nodeOutage, openTime   time.Duration
 	lookTime, undoTime                         time.Duration // of a restore that is taken back
 
 	slots chan struct{}
@@ -64,7 +64,7 @@ var (
 // newDriver makes a Driver of what reaches a host.
 func newDriver(m management, f files, o Options) *Driver {
 	d := &Driver{client: &client{m, jobPoll, pollPatience}, files: f, host: o.Host, stateDir: o.StateDir, log: o.Log,
-		savedState: o.AllowSavedState, truncateLogs: o.TruncateLogs, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime, failTime: failTime, roamTime: roamTime, nodeOutage: nodeOutage, lookTime: lookTime, undoTime: undoTime,
+		savedState: o.AllowSavedState, truncateLogs: o.TruncateLogs, settleTime: settleTime, busyTime: busyTime, mergeWait: o.MergeWait, watchTime: watchTime, failTime: failTime, roamTime: roamTime, nodeOutage: nodeOutage, openTime: openTime, lookTime: lookTime, undoTime: undoTime,
 		slots: make(chan struct{}, sessionsPerHost), cluster: &cluster{drivers: map[string]*Driver{}, volumes: map[string]chan struct{}{}}}
 	if d.stateDir == "" {
 		d.stateDir = "/var/lib/backstay"

@@ -22,8 +22,8 @@ const (
 	// is tried, and roamTime how long they all are.
 	nodeOutage = 5 * time.Second
 	roamTime   = 2 * time.Minute
-	// openOutages is how many outages opening a file through one node may take.
-	openOutages = 4
+	// openTime is for opening a file through one node.
+	openTime = 20 * time.Second
 )
 
 // mostRoams is how often one read may be begun again on another node.
@@ -286,7 +286,7 @@ func (m *movable) move(turn int, why error) error {
 
 // reopen opens the file through a node, and sees that it is the same.
 func (m *movable) reopen(ctx context.Context, d *Driver) (image.File, error) {
-	limited, cancel := context.WithTimeout(ctx, openOutages*d.nodeOutage)
+	limited, cancel := context.WithTimeout(ctx, d.openTime)
 	defer cancel()
 	f, err := d.files.open(limited, m.name)
 	if err != nil {
