@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -10,8 +11,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"github.com/backstay/backstay/internal/fault"
+	"github.com/backstay/backstay/internal/hypervisor/hyperv"
 	"github.com/backstay/backstay/internal/hypervisor/hyperv/recording"
 )
 
@@ -21,8 +24,7 @@ func (a *app) hypervCmd() *cobra.Command {
 
 func (a *app) hypervRecordCmd() *cobra.Command {
 	o := driverOptions{host: hostCredentials()}
-	var out string
-	var cycle bool
+	var r record
 	cmd := &cobra.Command{
 		Use:   "record --out FILE HOST[/NAME]",
 		Short: "record a host's answers, without what tells whose it is",
@@ -35,12 +37,24 @@ its disks: a checkpoint (a guest with Windows is told, as by a backup of kind
 COPY), which becomes a reference point; a second checkpoint, which is destroyed;
 and then the reference point is destroyed, too.
 
+With --restore it also does what a restore does, and the VM NAME stays as it is:
+it makes a VM by a description, with an empty disk that it swaps for another, and
+one of a copy of the definition of the VM NAME, with an empty disk for each of
+its own. Both are called backstay-recorder-…, are connected to no network and
+never started, and lie in folders of their own; all of it is taken away again,
+also if you break it off. What exactly, it says before it makes anything, and
+then asks; without a terminal it needs --yes. What a recording that was killed
+left goes with the next one, or with the next backup or restore of that host.
+
+Of a cluster, name a node, or the cluster: the node that has the VM is asked, too.
+
 Names of hosts, domains, users, VMs, files and switches, GUIDs, addresses,
 serial numbers, notes and every other text become pseudonyms; numbers, times,
 and words that each host says stay. Passwords are never in it. The file is text:
 look through it before you send it.`,
 		Example: `  backstay hyperv record --out hv01.jsonl hyperv://backup@hv01
-  backstay hyperv record --out hv01.jsonl hyperv://backup@hv01/test-vm --cycle`,
+  backstay hyperv record --out hv01.jsonl hyperv://backup@hv01/test-vm --cycle
+  backstay hyperv record --out hv01.jsonl hyperv://backup@hv01/test-vm --cycle --restore`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := parseSource(args[0])
@@ -49,21 +63,37 @@ look through it before you send it.`,
 				return err
 			case s.kind() != "hyperv":
 				return usage("%q is no Hyper-V host: want hyperv://USER@HOST or hyperv://USER@HOST/NAME", args[0])
-			case out == "":
+			case r.out == "":
 				return usage("--out FILE is needed: where the recording goes")
-			case cycle && s.vm == "":
+			case r.cycle && s.vm == "":
 				return usage("--cycle needs a VM: want hyperv://USER@HOST/NAME")
+			case r.restore && s.vm == "":
+				return usage("--restore needs a VM: want hyperv://USER@HOST/NAME")
+			case r.yes && !r.restore:
+				return usage("--yes agrees to what --restore makes")
 			}
-			return a.recordHyperV(cmd.Context(), s, o, out, cycle)
+			return a.recordHyperV(cmd.Context(), s, o, r)
 		},
 	}
-	cmd.Flags().StringVar(&out, "out", "", "file to write; one that exists is never overwritten")
-	cmd.Flags().BoolVar(&cycle, "cycle", false, "also make and take away checkpoints of the VM, as a backup does")
+	cmd.Flags().StringVar(&r.out, "out", "", "file to write; one that exists is never overwritten")
+	cmd.Flags().BoolVar(&r.cycle, "cycle", false, "also make and take away checkpoints of the VM, as a backup does")
+	cmd.Flags().BoolVar(&r.restore, "restore", false, "also make and take away VMs of its own, as a restore does")
+	cmd.Flags().BoolVar(&r.yes, "yes", false, "with --restore: agree to what it makes, without being asked")
 	addHostFlags(cmd.Flags(), &o.host)
 	return cmd
 }
 
-func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, out string, cycle bool) (err error) {
+// A record is what is to be recorded.
+type record struct {
+	out                 string
+	cycle, restore, yes bool
+}
+
+// errNotAgreed says that the host's owner did not agree to what is made there.
+var errNotAgreed = errors.New("nobody agreed to what is made on the host, and nothing was")
+
+func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, what record) (err error) {
+	out := what.out
 	// First of all, so that nothing is asked in vain.
 	f, err := os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
@@ -79,7 +109,7 @@ func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, out s
 			os.Remove(out)
 		}
 	}()
-	if cycle {
+	if what.cycle {
 		a.say("on the host: two checkpoints of %s and a reference point are made and taken away again; its guest is asked to hold still as for a backup", s.vm)
 	}
 	r := &recording.Recorder{}
@@ -94,17 +124,26 @@ func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, out s
 		a.log().Debug("record", "step", name)
 	}
 	version, err := d.Survey(ctx, s.vm, step)
-	if err == nil && cycle {
+	if err == nil && what.cycle {
 		err = d.Rehearse(ctx, s.vm, step)
+	}
+	var made hyperv.RestoreRehearsal
+	if err == nil && what.restore {
+		made, err = d.RehearseRestore(ctx, s.vm, func(p hyperv.RestorePlan) error { return a.agree(ctx, p, what.yes) }, step)
+		for _, text := range made.Said {
+			a.say("%s", text)
+		}
 	}
 	failed := err
 	switch {
+	case errors.Is(failed, errNotAgreed):
+		return failed
 	case errors.Is(failed, fault.ErrNotFound) && s.vm != "":
 		return withHint(failed, `run "backstay vm list %s" to see which VMs it has`, s.host)
 	case failed != nil && (ctx.Err() != nil || !r.Answered()):
 		return failed
 	}
-	c, err := r.Recording(s.vm, version, "backstay "+Version, time.Now())
+	c, err := r.Recording(recording.About{VM: s.vm, OS: version, Nodes: d.Nodes(), Folder: made.Folder, By: "backstay " + Version}, time.Now())
 	if err != nil {
 		return errors.Join(failed, err)
 	}
@@ -118,6 +157,43 @@ func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, out s
 		a.say("it ended early; what the host answered until then is in %s, and may show why", out)
 	}
 	return errors.Join(failed, a.printRecording(out, c))
+}
+
+// agree says what will be made on a host, and asks whether it may be.
+func (a *app) agree(ctx context.Context, p hyperv.RestorePlan, yes bool) error {
+	a.say("on the host %s: these are made, and taken away again; %s is not changed, and nothing is started or connected to a network", p.Host, p.VM)
+	a.say("  VM %s, by a description, with an empty disk of %s that is swapped for another", p.Defined, sizeText(p.DiskBytes))
+	if p.Imported != "" {
+		disks := fmt.Sprintf("%d empty disks", p.Disks)
+		if p.Disks == 1 {
+			disks = "1 empty disk"
+		}
+		a.say("  VM %s, imported of a copy of the definition of %s, with %s of %s", p.Imported, p.VM, disks, sizeText(p.DiskBytes))
+	} else {
+		a.say("  no VM is imported: %v", p.NoImport)
+	}
+	a.say("  for each a folder of its own, in the first of these that is there: %s", strings.Join(p.Folders, ", "))
+	if yes {
+		return nil
+	}
+	if a.stdin == nil || !term.IsTerminal(int(a.stdin.Fd())) {
+		return coded{exitRefused, "say --yes if that may be made and taken away, or run it in a terminal", errNotAgreed}
+	}
+	fmt.Fprint(a.stderr, `If it may, type "yes": `)
+	answer := make(chan string, 1)
+	go func() { // a read of a terminal is not broken off
+		line, _ := bufio.NewReader(a.stdin).ReadString('\n')
+		answer <- strings.TrimSpace(line)
+	}()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case text := <-answer:
+		if text != "yes" {
+			return coded{code: exitRefused, err: errNotAgreed}
+		}
+		return nil
+	}
 }
 
 func (a *app) printRecording(file string, c *recording.Recording) error {

@@ -220,6 +220,21 @@ func (c *cluster) add(node string, d *Driver) {
 	}
 }
 
+// Nodes are the other nodes of the host's cluster that have answered, by the
+// names that the cluster has for them.
+func (d *Driver) Nodes() (out []string) {
+	c := d.cluster
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for name, n := range c.drivers {
+		if n != d && n.nodeName() != "" {
+			out = append(out, name)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
 // oneError says all of them on one line.
 func oneError(errs []error) (err error) {
 	for i, e := range errs {

@@ -26,7 +26,9 @@ func (b *beginning) describeConfig(ctx context.Context) {
 	if err == nil {
 		b.config = append(b.config, vm.ConfigFile{Name: "vm.json", Data: append(text, '\n')})
 	}
-	if err := b.configFiles(ctx); err != nil {
+	files, err := b.d.configFiles(ctx, b.frozen, b.now)
+	b.config = append(b.config, files...)
+	if err != nil {
 		b.warn("the host's own definition of the VM is not in the restore point: %v", err)
 	} else if def.TPM && !slices.ContainsFunc(b.config, func(f vm.ConfigFile) bool { return strings.EqualFold(filepath.Ext(f.Name), ".vmgs") }) {
 		b.warn("the VM has a TPM, and the file of its state (.vmgs) is not where its definition is: without it the guest asks for its recovery keys after a restore")
@@ -36,11 +38,8 @@ func (b *beginning) describeConfig(ctx context.Context) {
 // definition is the VM without what only Hyper-V has.
 func (b *beginning) definition(ctx context.Context) vm.Definition {
 	s := b.frozen
-	def := vm.Definition{Version: 1, Name: b.sys.name, UUID: b.sys.guid, Hypervisor: "hyperv", Firmware: "bios", Guest: b.ready.guest,
-		Notes: strings.Join(s.list("Notes"), "\n")}
-	if strings.HasSuffix(s.text("VirtualSystemSubType"), ":2") {
-		def.Firmware, def.SecureBoot, def.SecureBootTemplate = "uefi", s.truth("SecureBootEnabled"), s.text("SecureBootTemplateId")
-	}
+	def := definitionOf(b.sys, s)
+	def.Guest, def.Notes = b.ready.guest, strings.Join(s.list("Notes"), "\n")
 	ask := func(class string) []object {
 		list, err := b.d.query(ctx, associated(s.ref, classComponent, class))
 		if err != nil {
@@ -80,16 +79,31 @@ func (b *beginning) definition(ctx context.Context) vm.Definition {
 		}
 	}
 	for _, d := range b.machine.Disks {
-		p := vm.DiskPlace{ID: d.ID, SizeBytes: d.SizeBytes, Bus: d.Bus, Source: d.Source}
+		p := placeOf(d)
 		for _, o := range b.disks {
 			if n := o.img.Info().SectorBytes; o.info.ID == d.ID && n != 512 {
 				p.SectorBytes = n
 			}
 		}
-		fmt.Sscanf(strings.TrimPrefix(string(d.ID), d.Bus), "%d:%d", &p.Controller, &p.Slot)
 		def.Disks = append(def.Disks, p)
 	}
 	return def
+}
+
+// definitionOf is what a VM's settings say of it by themselves.
+func definitionOf(sys system, s settings) vm.Definition {
+	def := vm.Definition{Version: 1, Name: sys.name, UUID: sys.guid, Hypervisor: "hyperv", Firmware: "bios"}
+	if strings.HasSuffix(s.text("VirtualSystemSubType"), ":2") {
+		def.Firmware, def.SecureBoot, def.SecureBootTemplate = "uefi", s.truth("SecureBootEnabled"), s.text("SecureBootTemplateId")
+	}
+	return def
+}
+
+// placeOf is where a disk hangs.
+func placeOf(d vm.Disk) vm.DiskPlace {
+	p := vm.DiskPlace{ID: d.ID, SizeBytes: d.SizeBytes, Bus: d.Bus, Source: d.Source}
+	fmt.Sscanf(strings.TrimPrefix(string(d.ID), d.Bus), "%d:%d", &p.Controller, &p.Slot)
+	return p
 }
 
 // macText writes 00155D000102 with colons.
@@ -103,31 +117,30 @@ func macText(s string) string {
 // stemOf is a file's name without its extension, in which case does not count.
 func stemOf(name string) string { return strings.ToLower(strings.TrimSuffix(name, filepath.Ext(name))) }
 
-// configFiles takes the files of the checkpoint's definition as they are, or
-// the VM's own.
-func (b *beginning) configFiles(ctx context.Context) error {
-	for _, s := range []settings{b.frozen, b.now} {
+// configFiles takes the files of a definition as they are: of the first of a
+// VM's states that has any. The last is what the VM is now.
+func (d *Driver) configFiles(ctx context.Context, states ...settings) (out []vm.ConfigFile, err error) {
+	for _, s := range states {
 		root, file := s.text("ConfigurationDataRoot"), s.text("ConfigurationFile")
 		if root == "" || file == "" {
 			continue
 		}
 		top, err := winpath.Parse(root)
 		if err != nil {
-			return err
+			return out, err
 		}
 		full, err := top.Join(file)
 		if err != nil {
-			return err
+			return out, err
 		}
 		folder := full.Dir().String()
 		stem := stemOf(full.Base())
-		names, err := b.d.files.list(ctx, folder)
+		names, err := d.files.list(ctx, folder)
 		if err != nil {
-			return err
+			return out, err
 		}
-		found := false
 		for _, name := range names {
-			if stemOf(name) != stem || len(b.config) > maxConfigFiles {
+			if stemOf(name) != stem || len(out) >= maxConfigFiles {
 				continue
 			}
 			switch strings.ToLower(filepath.Ext(name)) {
@@ -135,19 +148,18 @@ func (b *beginning) configFiles(ctx context.Context) error {
 			default:
 				continue
 			}
-			data, err := readFile(ctx, b.d.files, folder+`\`+name, maxConfigFile)
+			data, err := readFile(ctx, d.files, folder+`\`+name, maxConfigFile)
 			if err != nil {
-				return err
+				return out, err
 			}
-			b.config = append(b.config, vm.ConfigFile{Name: name, Data: data})
-			found = true
+			out = append(out, vm.ConfigFile{Name: name, Data: data})
 		}
-		if found {
-			return nil
+		if len(out) > 0 {
+			return out, nil
 		}
 	}
-	if b.now.text("ConfigurationFile") != "" {
-		return fmt.Errorf("there is no %s in %s", b.now.text("ConfigurationFile"), b.now.text("ConfigurationDataRoot"))
+	if now := states[len(states)-1]; now.text("ConfigurationFile") != "" {
+		return nil, fmt.Errorf("there is no %s in %s", now.text("ConfigurationFile"), now.text("ConfigurationDataRoot"))
 	}
-	return nil
+	return nil, nil
 }

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -30,6 +31,7 @@ import (
 const (
 	secretHost    = "HVKONTOSO07"
 	secretCluster = "Kontosoverbund"
+	secretNode    = "HVKONTOSO08"
 	secretUser    = "svc-sicherung"
 	secretWord    = "hunter2-Passwort"
 	secretVM      = "Lohnbüro & Söhne <Zürich>"
@@ -41,20 +43,29 @@ const (
 // and one beside it.
 func record(t *testing.T, plain bool) (*recording.Recording, []string) {
 	t.Helper()
-	h, err := host.New(host.Options{Dir: t.TempDir(), Shared: t.TempDir(), Name: secretHost, JobTime: time.Millisecond})
-	if err != nil {
-		t.Fatal(err)
+	cluster := plain // so that both are seen
+	shared := t.TempDir()
+	node := func(name string) *host.Host {
+		h, err := host.New(host.Options{Dir: t.TempDir(), Shared: shared, Name: name, JobTime: time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { h.Close() })
+		return h
 	}
-	t.Cleanup(func() { h.Close() })
-	if plain { // and so that both are seen
-		host.NewCluster(secretCluster, h)
+	h := node(secretHost)
+	has := h // the VM
+	if cluster {
+		has = node(secretNode)
+		host.NewCluster(secretCluster, h, has)
 	}
 	for name, path := range map[string]string{secretVM: `C:\ClusterStorage\Volume1\` + secretFolder + `\Disk of Lohnbuero.vhdx`, secretOther: ""} {
-		if _, err := h.AddVM(host.Spec{Name: name, Disks: []host.DiskSpec{{Path: path, Bytes: 4 << 20}}}); err != nil {
+		if _, err := has.AddVM(host.Spec{Name: name, Root: `C:\ClusterStorage\Volume1\` + secretFolder, Disks: []host.DiskSpec{{Path: path, Bytes: 4 << 20}}}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	e, err := sim.Serve(h, secretHost, sim.Options{User: secretUser, Password: secretWord, HTTP: plain})
+	o := sim.Options{User: secretUser, Password: secretWord, HTTP: plain}
+	e, err := sim.Serve(h, secretHost, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,26 +76,53 @@ func record(t *testing.T, plain bool) (*recording.Recording, []string) {
 	}
 	source := fmt.Sprintf("hyperv://%s@%s?fingerprint=sha256:%s", secretUser, at.Host, e.Fingerprint)
 	if plain {
-		source = fmt.Sprintf("hyperv+http://%s@%s", secretUser, at.Host)
+		source = fmt.Sprintf("hyperv+http://%s@%s?auth=ntlm", secretUser, at.Host)
+	}
+	if cluster {
+		other, err := sim.Serve(has, secretNode, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { other.Close() })
+		u, err := url.Parse(other.URL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		source += "&node=" + secretNode + "=" + u.Host
 	}
 	r := &recording.Recorder{}
-	os, err := drive(t, source, secretWord, secretVM, []string{hyperv.StepCycle}, r)
+	before := allNames(h, has)
+	a, err := drive(t, source, secretWord, secretVM, []string{hyperv.StepCycle, hyperv.StepRestore}, r, func(d *hyperv.Driver) { hyperv.ReachHost(d, has) })
 	if err != nil {
 		t.Fatal(err)
 	}
-	c, err := r.Recording(secretVM, os, "a test", time.Now())
+	if after := allNames(h, has); !slices.Equal(before, after) {
+		t.Errorf("the host has %q, and had %q", after, before)
+	}
+	a.By = "a test"
+	c, err := r.Recording(a, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
-	var ids []string
-	for _, i := range h.Instances("root/virtualization/v2", "Msvm_ComputerSystem") {
-		ids = append(ids, i.Get("Name").String())
-	}
+	ids := before
 	return c, ids
 }
 
-// drive asks a host what a recording has, with our own client.
-func drive(t *testing.T, source, password, vm string, method []string, r *recording.Recorder) (os string, err error) {
+// allNames are the ids of VMs, and of what else hosts have that is as private.
+func allNames(hosts ...*host.Host) (ids []string) {
+	for _, h := range hosts {
+		for _, class := range []string{"Msvm_ComputerSystem", "Msvm_PlannedComputerSystem"} {
+			for _, i := range h.Instances("root/virtualization/v2", class) {
+				ids = append(ids, i.Get("Name").String())
+			}
+		}
+	}
+	return ids
+}
+
+// drive asks a host what a recording has, with our own client, whose files reach
+// says where to find.
+func drive(t *testing.T, source, password, vm string, method []string, r *recording.Recorder, reach func(*hyperv.Driver)) (a recording.About, err error) {
 	t.Helper()
 	u, _, err := hyperv.ParseSource(source)
 	if err != nil {
@@ -97,22 +135,34 @@ func drive(t *testing.T, source, password, vm string, method []string, r *record
 	}
 	d, err := hyperv.Open(t.Context(), o)
 	if err != nil {
-		return "", err
+		return a, err
 	}
 	defer d.Close()
-	if os, err = d.Survey(t.Context(), vm, step); err != nil {
-		return os, fmt.Errorf("survey: %w", err)
+	reach(d)
+	a.VM = vm
+	if a.OS, err = d.Survey(t.Context(), vm, step); err != nil {
+		return a, fmt.Errorf("survey: %w", err)
 	}
 	if slices.Contains(method, hyperv.StepCycle) {
 		if err := d.Rehearse(t.Context(), vm, step); err != nil {
-			return os, fmt.Errorf("cycle: %w", err)
+			return a, fmt.Errorf("cycle: %w", err)
 		}
 	}
-	return os, nil
+	if slices.Contains(method, hyperv.StepRestore) {
+		made, err := d.RehearseRestore(t.Context(), vm, func(hyperv.RestorePlan) error { return nil }, step)
+		if a.Folder = made.Folder; err != nil {
+			return a, fmt.Errorf("restore: %w", err)
+		}
+	}
+	a.Nodes = d.Nodes()
+	return a, nil
 }
 
+var definitionFile = regexp.MustCompile(`[0-9A-Za-z-]+\.vmcx`)
+
 // replay asks the same of what a recording has, and wants our requests to be
-// the recorded ones and our client to understand the answers.
+// the recorded ones and our client to understand the answers. Of files, which
+// no recording has, there is what its steps needed.
 func replay(t *testing.T, c *recording.Recording) {
 	t.Helper()
 	p := recording.NewPlayer(c)
@@ -120,13 +170,24 @@ func replay(t *testing.T, c *recording.Recording) {
 	defer srv.Close()
 	pin := sha256.Sum256(srv.Certificate().Raw)
 	source := fmt.Sprintf("hyperv://anybody@%s?auth=basic&fingerprint=sha256:%x", srv.Listener.Addr(), pin)
-	os, err := drive(t, source, "anything", c.VM, c.Method, nil)
+	for _, node := range c.Nodes {
+		source += fmt.Sprintf("&node=%s=%s", url.QueryEscape(node), srv.Listener.Addr())
+	}
+	var definitions []string
+	if slices.Contains(c.Method, hyperv.StepImport) {
+		for _, x := range c.Exchanges {
+			definitions = append(definitions, definitionFile.FindAllString(x.Response, -1)...)
+		}
+		slices.Sort(definitions)
+		definitions = slices.Compact(definitions)
+	}
+	a, err := drive(t, source, "anything", c.VM, c.Method, nil, func(d *hyperv.Driver) { hyperv.ReachStandIn(d, t.TempDir(), c.Folder, definitions) })
 	switch {
 	case c.Failed: // what is asked until then is all that there is to see
 	case err != nil:
 		t.Errorf("replay: %v", err)
-	case os != c.OS:
-		t.Errorf("the host's version is %q, and was %q", os, c.OS)
+	case a.OS != c.OS:
+		t.Errorf("the host's version is %q, and was %q", a.OS, c.OS)
 	}
 	if err := p.Err(); err != nil {
 		t.Errorf("replay: %v", err)
@@ -172,8 +233,8 @@ func TestARecordingIsReplayedAndNamesNobody(t *testing.T) {
 			if err := c.Write(&out); err != nil {
 				t.Fatal(err)
 			}
-			hunt(t, out.String(), append(ids, secretHost, secretCluster, secretUser, secretWord, secretVM, secretOther, secretFolder, "Lohnbuero")...)
-			for _, want := range []string{"CreateSnapshot", "ConvertToReferencePoint", "DestroySnapshot", "DestroyReferencePoint", "Microsoft:Hyper-V:Snapshot:Recovery", ".avhdx", "4194304"} {
+			hunt(t, out.String(), append(ids, secretHost, secretNode, secretCluster, secretUser, secretWord, secretVM, secretOther, secretFolder, "Lohnbuero")...)
+			for _, want := range []string{"CreateSnapshot", "ConvertToReferencePoint", "DestroySnapshot", "DestroyReferencePoint", "DefineSystem", "ImportSystemDefinition", "RealizePlannedSystem", "ModifyResourceSettings", "Microsoft:Hyper-V:Snapshot:Recovery", ".avhdx", "4194304"} {
 				if !strings.Contains(out.String(), want) {
 					t.Errorf("%s was taken out, and tells nothing of anybody", want)
 				}

@@ -79,6 +79,8 @@ type Building struct {
 	// restart switches a VM on again that was switched off for this; nil for
 	// none.
 	restart func(context.Context) error
+	// rehearses says that all of it is a recording's, and is nobody's to use.
+	rehearses bool
 }
 
 var _ hypervisor.Builder = (*Building)(nil)
@@ -116,6 +118,19 @@ func (d *Driver) NewVM(ctx context.Context, o NewVMOptions) (*Building, error) {
 	if _, isGUID := guidOf(o.Name); isGUID || strings.TrimSpace(o.Name) == "" || strings.ContainsFunc(o.Name, func(r rune) bool { return r < ' ' }) {
 		return nil, fmt.Errorf("VM %q: no name for a new VM: %w", o.Name, fault.ErrUnsupported)
 	}
+	m, err := d.newMaking(ctx, o, prefix)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.begin(ctx); err != nil {
+		return nil, err
+	}
+	return m.Building, nil
+}
+
+// newMaking takes the lock for a VM that is to be made, and makes nothing yet.
+// Names until it is whole begin with prefix.
+func (d *Driver) newMaking(ctx context.Context, o NewVMOptions, prefix string) (*making, error) {
 	host, list, err := d.systems(ctx)
 	if err != nil {
 		return nil, err
@@ -135,13 +150,20 @@ func (d *Driver) NewVM(ctx context.Context, o NewVMOptions) (*Building, error) {
 		m.noteRole(ctx)
 	}
 	b.place = func(id vm.DiskID) (string, error) { return b.folder + `\` + m.file(id), nil }
-	if err = m.plan(); err == nil {
+	return m, nil
+}
+
+// begin plans the VM and makes its folder. After an error nothing is left, or
+// the error says what.
+func (m *making) begin(ctx context.Context) error {
+	err := m.plan()
+	if err == nil {
 		err = m.makeFolder(ctx)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("VM %q: %w", o.Name, errors.Join(err, b.Abort(ctx)))
+		return fmt.Errorf("VM %q: %w", m.o.Name, errors.Join(err, m.Abort(ctx)))
 	}
-	return b, nil
+	return nil
 }
 
 // building takes the lock and begins a run, after it has cleaned up.
@@ -172,7 +194,11 @@ func free(list []system, name string) error {
 }
 
 func (b *Building) entry(kind, name string) journal.Entry {
-	return journal.Entry{Kind: kind, Name: name, Data: map[string]string{dataHost: b.host}}
+	e := journal.Entry{Kind: kind, Name: name, Data: map[string]string{dataHost: b.host}}
+	if b.rehearses {
+		e.Data[dataRepo] = rehearsal
+	}
+	return e
 }
 
 // Room asks each volume for what its disks need.

@@ -63,6 +63,20 @@ func (m *making) build(ctx context.Context) error {
 	if !errors.Is(err, errImport) && !hostSaid(err) || ctx.Err() != nil {
 		return err
 	}
+	if err := m.undoImport(ctx); err != nil {
+		return err
+	}
+	m.done.Warnings, m.done.Notes = m.done.Warnings[:warnings], m.done.Notes[:notes]
+	m.warn("the host does not take the VM's own definition, so it is made of what the restore point says of it; settings that only Hyper-V has are the usual ones: %v", err)
+	if err := m.define(ctx); err != nil {
+		return err
+	}
+	m.dropImported(ctx)
+	return nil
+}
+
+// undoImport takes away what came of the definition, and leaves its files.
+func (m *making) undoImport(ctx context.Context) error {
 	for _, e := range slices.Backward(m.run.Open()) {
 		if e.Kind != kindPlanned && e.Kind != kindNewVM {
 			continue
@@ -74,12 +88,6 @@ func (m *making) build(ctx context.Context) error {
 			return err
 		}
 	}
-	m.done.Warnings, m.done.Notes = m.done.Warnings[:warnings], m.done.Notes[:notes]
-	m.warn("the host does not take the VM's own definition, so it is made of what the restore point says of it; settings that only Hyper-V has are the usual ones: %v", err)
-	if err := m.define(ctx); err != nil {
-		return err
-	}
-	m.dropImported(ctx)
 	return nil
 }
 
@@ -89,6 +97,11 @@ func (m *making) importVM(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	return m.importFile(ctx, file)
+}
+
+// importFile does so from a definition that lies on the host.
+func (m *making) importFile(ctx context.Context, file string) error {
 	planned, err := m.planSystem(ctx, file)
 	if err != nil {
 		return err
@@ -102,11 +115,17 @@ func (m *making) importVM(ctx context.Context) error {
 			return err
 		}
 	}
-	// What is wrong with it, the job tells by warnings.
-	if _, err := m.d.do(ctx, familyMsvm, service(classManagement), "ValidatePlannedSystem", wsman.Arg("PlannedSystem", wsman.Of(planned))); err != nil {
+	if err := m.d.validate(ctx, planned); err != nil {
 		return err
 	}
 	return m.realize(ctx, planned)
+}
+
+// validate asks what is wrong with an imported definition. The job tells it by
+// warnings.
+func (d *Driver) validate(ctx context.Context, planned wsman.Ref) error {
+	_, err := d.do(ctx, familyMsvm, service(classManagement), "ValidatePlannedSystem", wsman.Arg("PlannedSystem", wsman.Of(planned)))
+	return err
 }
 
 // sendDefinition writes the files of the definition to a folder of their own.
@@ -160,8 +179,7 @@ func (m *making) planSystem(ctx context.Context, file string) (planned wsman.Ref
 	if err := m.run.Note(e); err != nil {
 		return planned, err
 	}
-	out, job, err := m.d.start(ctx, familyMsvm, service(classManagement), "ImportSystemDefinition",
-		wsman.Arg("SystemDefinitionFile", wsman.Of(file)), wsman.Arg("SnapshotFolder", wsman.Of("")), wsman.Arg("GenerateNewSystemIdentifier", wsman.Of(true)))
+	out, job, err := m.d.start(ctx, familyMsvm, service(classManagement), "ImportSystemDefinition", importOf(file)...)
 	if err != nil {
 		return planned, err
 	}
@@ -171,6 +189,11 @@ func (m *making) planSystem(ctx context.Context, file string) (planned wsman.Ref
 	planned = m.sys.ref
 	m.now, err = m.d.state(ctx, m.sys, typePlanned)
 	return planned, err
+}
+
+// importOf are the arguments of an import that makes another VM of the file.
+func importOf(file string) []wsman.Argument {
+	return []wsman.Argument{wsman.Arg("SystemDefinitionFile", wsman.Of(file)), wsman.Arg("SnapshotFolder", wsman.Of("")), wsman.Arg("GenerateNewSystemIdentifier", wsman.Of(true))}
 }
 
 // nameImported gives it the name by which it is known for ours, and a place.

@@ -47,6 +47,8 @@ type restoreLab struct {
 	late bool     // the host does it, and its answer is lost
 	trip func()   // instead of an error: called before that request
 	log  []string // what was asked
+	dies bool     // after what breaks, all does: the program was killed
+	dead bool
 }
 
 func newRestoreLab(t *testing.T) *restoreLab {
@@ -93,16 +95,26 @@ func (l *restoreLab) broken(what string) (do bool, err error) {
 	defer l.mu.Unlock()
 	l.n++
 	l.log = append(l.log, what)
+	if l.dead {
+		return false, errKilled
+	}
 	if l.n != l.at && (l.word == "" || l.word != what) {
 		return true, nil
 	}
 	l.word = ""
+	if l.dies {
+		l.dead = true
+		return false, errKilled
+	}
 	if l.trip != nil {
 		l.trip()
 		return true, nil
 	}
 	return l.late, &wsman.ConnectionError{Host: "hv01", Sent: l.late, Err: errors.New("the cable was pulled")}
 }
+
+// errKilled is of a class that is not tried again.
+var errKilled = fmt.Errorf("killed: %w", fault.ErrDenied)
 
 // arm breaks the n-th request from now on.
 func (l *restoreLab) arm(n int, late bool, trip func()) {
@@ -417,6 +429,15 @@ func TestNewVMNameTaken(t *testing.T) {
 // next run does it. All of it takes a minute; without BACKSTAY_SOAK some of the
 // requests are taken, others in each run.
 func everyRequest(t *testing.T, l *restoreLab, do func(ctx context.Context) error, undo func()) {
+	every := 16
+	if testing.Short() {
+		every = 40
+	}
+	eachOf(t, l, every, do, undo)
+}
+
+// eachOf does so with one of every so many requests.
+func eachOf(t *testing.T, l *restoreLab, every int, do func(ctx context.Context) error, undo func()) {
 	l.arm(0, false, nil)
 	if err := do(t.Context()); err != nil {
 		t.Fatal(err)
@@ -425,10 +446,6 @@ func everyRequest(t *testing.T, l *restoreLab, do func(ctx context.Context) erro
 	undo()
 	before := l.picture()
 	ways := []string{"lost", "late", "cancelled"}
-	every := 16
-	if testing.Short() {
-		every = 40
-	}
 	if os.Getenv("BACKSTAY_SOAK") != "" {
 		every = 1
 	}

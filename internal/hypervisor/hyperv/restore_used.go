@@ -37,7 +37,7 @@ func (d *Driver) inUse(ctx context.Context, open []journal.Entry) (string, error
 		i := slices.IndexFunc(live, func(s system) bool { return s.guid == e.Data[dataID] || s.name == e.Name })
 		switch e.Kind {
 		case kindNewVM:
-			if i >= 0 && live[i].name != e.Name {
+			if i >= 0 && live[i].name != e.Name && !(rehearsed(e) && strings.HasPrefix(live[i].name, rehearsal)) {
 				return fmt.Sprintf("VM %q was whole by then", live[i].name), nil
 			}
 			if i >= 0 && live[i].state != stateOff {
@@ -53,6 +53,9 @@ func (d *Driver) inUse(ctx context.Context, open []journal.Entry) (string, error
 				}
 			}
 		case kindSwap:
+			if rehearsed(e) {
+				continue // of its VM's own disks, of which the entry of the VM is told
+			}
 			if i < 0 {
 				return "", errElsewhere
 			}

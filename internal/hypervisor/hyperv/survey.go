@@ -12,13 +12,15 @@ import (
 	"github.com/backstay/backstay/internal/wsman"
 )
 
-// Steps of Survey and Rehearse.
+// Steps of Survey, Rehearse and RehearseRestore.
 const (
 	StepInventory = "inventory"
 	StepHost      = "host"
 	StepMachine   = "machine"
 	StepRefusals  = "refusals"
 	StepCycle     = "cycle"
+	StepRestore   = "restore"
+	StepImport    = "import"
 )
 
 // noMachine is the GUID of a VM that no host has.
@@ -32,7 +34,7 @@ var surveyed = []string{
 
 // Survey asks a host what a backup asks before it changes anything, and some
 // questions that it has to refuse; it changes nothing. name is a VM to look at
-// closely, or empty. step is told what comes next, os is the version of the
+// closely, on whichever node of a cluster, or empty. step is told what comes next, os is the version of the
 // host's Windows, empty where it does not tell. What the host refuses is no
 // error: that is an answer, too.
 func (d *Driver) Survey(ctx context.Context, name string, step func(string)) (os string, err error) {
@@ -46,15 +48,14 @@ func (d *Driver) Survey(ctx context.Context, name string, step func(string)) (os
 	}
 	if name != "" {
 		step(StepMachine)
-		_, list, err := d.systems(ctx)
+		at, err := d.find(ctx, name)
 		if err != nil {
 			return "", err
 		}
-		s, err := choose(list, name)
-		if err != nil {
-			return "", err
+		if !d.cluster.isAlone() {
+			d.ownerFirst(ctx, at.sys.guid, nil) // to see what the cluster says
 		}
-		if err := d.surveyMachine(ctx, s); err != nil {
+		if err := at.d.surveyMachine(ctx, at.sys); err != nil {
 			return "", fmt.Errorf("VM %q: %w", name, err)
 		}
 	}
@@ -98,7 +99,7 @@ func (d *Driver) surveyHost(ctx context.Context) (os string, err error) {
 		}
 	}
 	if d.members != nil { // a host of no cluster refuses
-		for _, class := range []string{"MSCluster_Cluster", "MSCluster_Node", "MSCluster_Resource"} {
+		for _, class := range []string{"MSCluster_Cluster", "MSCluster_Node", "MSCluster_ResourceGroup", "MSCluster_Resource"} {
 			if _, err := d.members.query(ctx, "SELECT * FROM "+class); unanswered(err) {
 				return "", err
 			}
@@ -214,7 +215,7 @@ func unanswered(err error) bool {
 		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
-// rehearsal begins the names of checkpoints that Rehearse makes, in place of a
+// rehearsal begins the names of what a recording makes, in place of a
 // repository's prefix.
 const rehearsal = "backstay-recorder-"
 
@@ -222,16 +223,17 @@ const rehearsal = "backstay-recorder-"
 // checkpoint that becomes a reference point, a second one that is destroyed,
 // with a question of what changed between. Nothing is read. All is journaled,
 // and what an interrupted rehearsal of this VM left goes first.
-func (d *Driver) Rehearse(ctx context.Context, name string, step func(string)) (err error) {
+func (d *Driver) Rehearse(ctx context.Context, name string, step func(string)) error {
 	step(StepCycle)
-	_, list, err := d.systems(ctx)
+	at, err := d.findSurely(ctx, name)
 	if err != nil {
 		return err
 	}
-	s, err := choose(list, name)
-	if err != nil {
-		return err
-	}
+	return at.rehearse(ctx, name)
+}
+
+func (at sighting) rehearse(ctx context.Context, name string) (err error) {
+	d, s := at.d, at.sys
 	l, err := d.lock(ctx, s)
 	if err != nil {
 		return err

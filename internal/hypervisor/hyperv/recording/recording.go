@@ -45,6 +45,10 @@ type Header struct {
 	By      string   `json:"by"`           // the program that recorded it
 	Method  []string `json:"method"`       // what was done, in its order
 	VM      string   `json:"vm,omitempty"` // of whom it asked, under its pseudonym
+	// Nodes are the cluster's other nodes that answered, and Folder is that in
+	// which VMs were made: pseudonyms, too.
+	Nodes  []string `json:"nodes,omitempty"`
+	Folder string   `json:"folder,omitempty"`
 	// Unanswered exchanges had no answer, or were repeated for it; LeftOut could
 	// not be read, and so not be sanitised. Neither is in the recording.
 	Unanswered int `json:"unanswered"`
@@ -108,20 +112,28 @@ func (r *Recorder) Answered() bool {
 	return len(r.all) > 0
 }
 
-// Recording is what was gathered, sanitised. vm is the name that was asked for,
-// os what the host told of itself.
-func (r *Recorder) Recording(vm, os, by string, now time.Time) (*Recording, error) {
+// About is what is known of a recording besides its exchanges, not sanitised.
+type About struct {
+	VM     string   // the name that was asked for
+	OS     string   // the version that the host told of itself
+	Nodes  []string // of the cluster, that answered besides the named host
+	Folder string   // in which VMs were made
+	By     string   // the program
+}
+
+// Recording is what was gathered, sanitised.
+func (r *Recorder) Recording(a About, now time.Time) (*Recording, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.full {
 		return nil, fmt.Errorf("the host's answers are more than %d MiB or %d exchanges", maxBytes>>20, maxExchanges)
 	}
-	out := &Recording{Header: Header{Format: Format, Version: Version, Date: now.UTC().Format(time.DateOnly), By: by, Method: r.steps, Unanswered: r.unanswered}}
-	if versionText.MatchString(os) {
-		out.OS = os
+	out := &Recording{Header: Header{Format: Format, Version: Version, Date: now.UTC().Format(time.DateOnly), By: a.By, Method: r.steps, Unanswered: r.unanswered}}
+	if versionText.MatchString(a.OS) {
+		out.OS = a.OS
 	}
 	s := newSanitiser()
-	out.sanitise(s, r.all, vm)
+	out.sanitise(s, r.all, a)
 	return out, nil
 }
 
@@ -138,12 +150,24 @@ type Recording struct {
 
 // sanitise takes the exchanges over. What to replace is gathered first, and
 // numbered: whoever sorts what has an order gets the same.
-func (c *Recording) sanitise(s *sanitiser, all []Exchange, vm string) {
+func (c *Recording) sanitise(s *sanitiser, all []Exchange, a About) {
 	for _, x := range all {
 		s.envelope(x.Request)
 		s.envelope(x.Response)
 	}
-	s.judge("ElementName", vm, "", 0)
+	header := func() Header {
+		h := Header{Folder: s.judge("HostResource", a.Folder, "", 0)}
+		if guidText.MatchString(a.VM) {
+			h.VM = s.judge("Name", a.VM, "", 0)
+		} else {
+			h.VM = s.judge("ElementName", a.VM, "", 0)
+		}
+		for _, node := range a.Nodes {
+			h.Nodes = append(h.Nodes, s.judge("Name", node, "", 0))
+		}
+		return h
+	}
+	header()
 	s.number()
 	for _, x := range all {
 		var err, err2 error
@@ -155,12 +179,8 @@ func (c *Recording) sanitise(s *sanitiser, all []Exchange, vm string) {
 		}
 		c.Exchanges = append(c.Exchanges, x)
 	}
-	if vm != "" {
-		c.VM = s.judge("ElementName", vm, "", 0)
-		if guidText.MatchString(vm) {
-			c.VM = s.judge("Name", vm, "", 0)
-		}
-	}
+	h := header()
+	c.VM, c.Nodes, c.Folder = h.VM, h.Nodes, h.Folder
 	c.Replaced = s.counts()
 	c.Stayed = slices.SortedFunc(maps.Keys(s.stayed), func(a, b string) int {
 		return cmp.Or(strings.Compare(strings.ToLower(a), strings.ToLower(b)), strings.Compare(a, b))

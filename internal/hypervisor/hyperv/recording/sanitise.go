@@ -46,6 +46,8 @@ var (
 	langText    = regexp.MustCompile(`^[a-z]{2}(-[A-Z]{2})?$`)
 	faultText   = regexp.MustCompile(`^[a-z]{1,8}:[A-Za-z]{1,40}$`)
 	guidText    = regexp.MustCompile(`^\{?` + guid + `\}?$`)
+	resultText  = regexp.MustCompile(`^HRESULT 0x[0-9A-Fa-f]{8}$`)
+	subTypeText = regexp.MustCompile(`^Microsoft:Hyper-V:SubType:[0-9]$`)
 	macText     = regexp.MustCompile(`^[0-9A-Fa-f]{12}$`)
 
 	piece = regexp.MustCompile(guid + `|[A-Za-z0-9_\x{80}-\x{10FFFF}]+`)
@@ -55,6 +57,7 @@ var (
 
 const (
 	guid     = `[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}`
+	noMAC    = "000000000000"
 	nobody   = "00000000-0000-0000-0000-000000000000"
 	maxInner = 3  // of instances as text in instances
 	maxDepth = 64 // of elements
@@ -294,6 +297,8 @@ func (s *sanitiser) judge(of, text, key string, inner int) string {
 		return t
 	case numbers[of] && (numberText.MatchString(t) || timeText.MatchString(t)),
 		(of == "Address" || of == "AddressOnParent") && smallText.MatchString(t),
+		of == "MessageID" && resultText.MatchString(t),
+		of == "VirtualSystemSubType" && subTypeText.MatchString(t), // a VM's generation
 		schema.MatchString(t):
 		return t
 	case versions[of] && versionText.MatchString(t),
@@ -329,7 +334,7 @@ func (s *sanitiser) pieces(text string, known map[string]bool) string {
 		before, word, rest := text[:at[0]], text[at[0]:at[1]], text[at[1]:]
 		text = rest
 		switch {
-		case word == nobody, known[strings.ToLower(word)]:
+		case word == nobody, word == noMAC, known[strings.ToLower(word)]:
 			s.stayed[word] = true
 			b.WriteString(word)
 		case guidText.MatchString(word):

@@ -66,6 +66,12 @@ func TestWhatStaysAndWhatGoes(t *testing.T) {
 			`<p:Parent>\\word00001\root\virtualization\v2:Msvm_ResourcePool.InstanceID=&#34;Microsoft:Definition\\00000002-0000-4000-8000-000000000000\\Default&#34;</p:Parent>`},
 		{"an address of IPv4 and of IPv6", `<p:X>10.20.0.5 fe80::1c2:ab</p:X>`, `<p:X>9000001.9000002.9000003.9000004 word00003::word00001:word00002</p:X>`},
 		{"a hardware address", `<p:Address>00155D01AB02</p:Address>`, `<p:Address>020000000001</p:Address>`},
+		{"no hardware address", `<p:Address>000000000000</p:Address>`, `<p:Address>000000000000</p:Address>`},
+		{"a generation", `<p:VirtualSystemSubType>Microsoft:Hyper-V:SubType:2</p:VirtualSystemSubType>`, `<p:VirtualSystemSubType>Microsoft:Hyper-V:SubType:2</p:VirtualSystemSubType>`},
+		{"what is no generation", `<p:VirtualSystemSubType>Microsoft:Hyper-V:SubType:2012</p:VirtualSystemSubType>`, `<p:VirtualSystemSubType>Microsoft:Hyper-V:SubType:9000001</p:VirtualSystemSubType>`},
+		{"WMI's errors", `<p:StatusCode>-2147217406</p:StatusCode><p:MessageID>HRESULT 0x80041002</p:MessageID><p:MessageID>33012</p:MessageID>`,
+			`<p:StatusCode>-2147217406</p:StatusCode><p:MessageID>HRESULT 0x80041002</p:MessageID><p:MessageID>33012</p:MessageID>`},
+		{"what is no error of WMI", `<p:MessageID>HRESULT acme</p:MessageID>`, `<p:MessageID>word00002 word00001</p:MessageID>`},
 		{"a slot", `<p:AddressOnParent>1</p:AddressOnParent>`, `<p:AddressOnParent>1</p:AddressOnParent>`},
 		{"a serial number of single letters", `<p:BIOSSerialNumber>A-C-M-E 1 2 3</p:BIOSSerialNumber>`, `<p:BIOSSerialNumber>word00001-word00002-word00004-word00003 9000001 9000002 9000003</p:BIOSSerialNumber>`},
 		{"notes", `<p:Notes>ask Eve, 0170 123</p:Notes>`, `<p:Notes>text00001</p:Notes>`},
@@ -132,7 +138,7 @@ func TestWhatIsLeftOut(t *testing.T) {
 		r.Record(wsman.Exchange{Action: get, Request: []byte(good), Response: []byte(bad), Status: 200})
 		r.Record(wsman.Exchange{Action: get, Request: []byte(good), Response: []byte(good), Status: 200})
 		r.Record(wsman.Exchange{Action: get, Request: []byte(good), Err: fmt.Errorf("acme")})
-		c, err := r.Recording("", "acme", "test", time.Time{})
+		c, err := r.Recording(About{OS: "acme", By: "test"}, time.Time{})
 		if err != nil {
 			t.Fatal(err)
 		}
