@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"time"
 
 	"github.com/backstay/backstay/sim/hyperv/host"
@@ -42,8 +43,7 @@ type Endpoint struct {
 	Fingerprint string `json:"fingerprint,omitempty"` // SHA-256 of the certificate, in hex
 	Certificate []byte `json:"-"`                     // in PEM
 
-	stop context.CancelFunc
-	done chan error
+	close func() error
 }
 
 // Serve begins to answer for h. Close ends it.
@@ -58,7 +58,7 @@ func Serve(h *host.Host, name string, o Options) (*Endpoint, error) {
 		name = "HV01"
 	}
 	s := &wsman.Server{Provider: h, Account: ntlm.Account{User: o.User, Password: o.Password}, Machine: name, Basic: !o.NoBasic, RequireBinding: o.RequireBinding, EnvelopeBytes: o.EnvelopeBytes, Now: time.Now, Log: o.Log, Fault: o.Fault}
-	e := &Endpoint{done: make(chan error, 1)}
+	e := &Endpoint{}
 	scheme := "http"
 	if !o.HTTP {
 		until := time.Now().AddDate(1, 0, 0)
@@ -80,13 +80,14 @@ func Serve(h *host.Host, name string, o Options) (*Endpoint, error) {
 	}
 	e.URL = fmt.Sprintf("%s://%s/wsman", scheme, l.Addr())
 	ctx, stop := context.WithCancel(context.Background())
-	e.stop = stop
-	go func() { e.done <- s.Serve(ctx, l) }()
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(ctx, l) }()
+	e.close = sync.OnceValue(func() error {
+		stop()
+		return <-done
+	})
 	return e, nil
 }
 
-// Close ends the service and its connections.
-func (e *Endpoint) Close() error {
-	e.stop()
-	return <-e.done
-}
+// Close ends the service and its connections. It may be called twice.
+func (e *Endpoint) Close() error { return e.close() }

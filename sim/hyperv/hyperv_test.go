@@ -33,7 +33,7 @@ func serve(t *testing.T, o hyperv.Options, change func(*wsman.Config)) (*host.Ho
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := e.Close(); err != nil {
+		if err := errors.Join(e.Close(), e.Close()); err != nil {
 			t.Error(err)
 		}
 	})
