@@ -1,6 +1,7 @@
 package backup_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -187,6 +188,45 @@ func TestDiskGrowsAndShrinks(t *testing.T) {
 			}
 			w.verify(w.store)
 		})
+	}
+}
+
+// A disk is planned by the GiB: where it ended before is no bound to what it may
+// have now.
+func TestDiskGrowsByFar(t *testing.T) {
+	for _, to := range []int64{1<<30 + 5, 2 << 30} {
+		w := memWorld(t, mib+1000)
+		w.vm.Write("vda", 0, noise(1, mib+1000))
+		w.backUpSparse()
+		w.vm.Resize("vda", to)
+		w.vm.Write("vda", to-500, noise(2, 500))
+		for range 2 { // and once it is of that size before
+			d := w.wantDisk(w.backUpSparse(), point.Incremental, "")
+			if d.SizeBytes != to {
+				t.Errorf("it has %d bytes, want %d", d.SizeBytes, to)
+			}
+		}
+		r := w.mustOpen()
+		defer r.Close()
+		points, err := r.Points(t.Context())
+		if err != nil || len(points) != 3 {
+			t.Fatalf("%d points, %v", len(points), err)
+		}
+		d, err := r.OpenDisk(t.Context(), points[1].Disks[0].Manifest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		data, err := d.Data(t.Context(), extent.Extent{Len: to})
+		if err != nil || len(data.List()) != 2 || data.Bytes() > 2*mib {
+			t.Errorf("data at %v, %v", data.List(), err)
+		}
+		for off, want := range map[int64][]byte{0: noise(1, mib+1000), to - 500: noise(2, 500)} {
+			got := make([]byte, len(want))
+			if n, err := d.ReadAt(got, off); n < len(got) || !bytes.Equal(got, want) {
+				t.Errorf("at %d there is something else, %v", off, err)
+			}
+		}
 	}
 }
 

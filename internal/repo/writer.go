@@ -160,7 +160,7 @@ func (w *DiskWriter) previous(ctx context.Context, index int64) (c ref, hole boo
 // PreviousData calls fn with each chunk that within touches and of which the
 // previous point has data, in ascending order. What has no data costs nothing.
 func (w *DiskWriter) PreviousData(ctx context.Context, within extent.Extent, fn func(index int64)) error {
-	if w.prev == nil {
+	if w.prev == nil || within.Off >= w.prev.Size() {
 		return nil
 	}
 	first, end, err := w.prev.within(within.Intersect(extent.Extent{Len: w.prev.Size()}))
