@@ -490,7 +490,7 @@ func (b *beginning) openDisk(ctx context.Context, e *drive, shares map[string]bo
 		b.warn("%s: %s", e.Source, w)
 	}
 	f := diskFacts{id: e.ID, device: e.device, format: e.Format, size: e.SizeBytes, identity: info.FormatDetails["disk identity"], chain: chain}
-	d := &disk{info: e.Disk, img: img, b: b, plan: decide(f, of, b.o.Previous), window: window{bytes: firstWindow}}
+	d := &disk{info: e.Disk, img: img, b: b, node: b.d, plan: decide(f, of, b.o.Previous), window: window{bytes: firstWindow}}
 	b.disks = append(b.disks, d)
 	if d.plan.track {
 		b.tracked = true

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/backstay/backstay/internal/backup"
 	"github.com/backstay/backstay/internal/blob/mem"
+	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/hypervisor"
 	"github.com/backstay/backstay/internal/image/imagetest"
 	"github.com/backstay/backstay/internal/repo"
@@ -126,6 +128,23 @@ func (l *failing) powerCut() {
 	}
 }
 
+// dismount takes the shared volume from the first node, which goes on to answer.
+func (l *failing) dismount() {
+	l.Helper()
+	conf, err := os.ReadFile(l.sambas[0].Config())
+	if err != nil {
+		l.Fatal(err)
+	}
+	conf = bytes.ReplaceAll(conf, []byte("path = "+l.csv+"\n"), []byte("path = "+l.TempDir()+"\n"))
+	if err := os.WriteFile(l.sambas[0].Config(), conf, 0o600); err != nil {
+		l.Fatal(err)
+	}
+	l.sambas[0].Kill()
+	if err := l.sambas[0].Run(l.Context()); err != nil {
+		l.Fatal(err)
+	}
+}
+
 func (l *failing) begin(name string) hypervisor.Session {
 	l.Helper()
 	s, err := l.driver.Begin(l.Context(), name, hypervisor.Options{RepoID: ourRepo})
@@ -164,6 +183,7 @@ func TestNodeGoesDownWhileItIsRead(t *testing.T) {
 		{"all of it, the VM by its name", func(l *failing) string { return l.vm }, (*failing).powerCut, true},
 		{"all of it, the VM by its GUID", func(l *failing) string { return l.guid }, (*failing).powerCut, true},
 		{"its share alone", func(l *failing) string { return l.vm }, func(l *failing) { l.sambas[0].Kill() }, false},
+		{"its volume alone", func(l *failing) string { return l.vm }, (*failing).dismount, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -210,6 +230,38 @@ func TestNodeGoesDownWhileItIsRead(t *testing.T) {
 			l.wantLeft(1)
 		})
 	}
+}
+
+// What changed is not asked of a node that got the VM while it was read: who lost
+// it may have lost what it knew of it.
+func TestTrackingGoesWithItsNode(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes some seconds")
+	}
+	t.Parallel() // they mostly wait
+	l := newFailing(t)
+	prev := mustCommit(t, l.begin(l.vm))
+	s, err := l.driver.Begin(t.Context(), l.vm, hypervisor.Options{RepoID: ourRepo, Previous: prev})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := s.Disks()[0].(*disk)
+	whole := extent.Extent{Len: d.info.SizeBytes}
+	if _, err := d.Changed(t.Context(), whole); err != nil {
+		t.Fatal(err)
+	}
+	d.known = extent.Extent{} // as if the disk were larger than what one answer is about
+	l.powerCut()
+	if _, err := d.ReadAt(make([]byte, 8<<20), 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.(hypervisor.Checker).Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Changed(t.Context(), whole); !errors.Is(err, hypervisor.ErrTrackingLost) || !strings.Contains(err.Error(), "moved from HV01 to HV02") {
+		t.Errorf("what changed: %v", err)
+	}
+	mustAbort(t, s)
 }
 
 // An atByte does something once so many bytes were read.

@@ -255,13 +255,20 @@ func (m *movable) ReadAt(p []byte, off int64) (int, error) {
 	for try := 1; ; try++ {
 		f, _, turn := m.now()
 		n, err := f.ReadAt(p, off)
-		if err == nil || err == io.EOF || try == mostRoams || !errors.Is(err, smb.ErrLost) {
+		if err == nil || err == io.EOF || try == mostRoams || !strayed(err) {
 			return n, err
 		}
 		if err := m.move(turn, err); err != nil {
 			return 0, err
 		}
 	}
+}
+
+// strayed says whether a file that was there may be reached by another node yet:
+// its node is lost, or answers and has the volume no more, as one whose cluster
+// service was stopped.
+func strayed(err error) bool {
+	return errors.Is(err, smb.ErrLost) || errors.Is(err, fault.ErrNotFound)
 }
 
 // move opens the file through another node, unless somebody did since turn.

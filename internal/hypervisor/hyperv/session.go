@@ -198,6 +198,7 @@ type disk struct {
 	info   vm.Disk
 	img    image.Image
 	plan   decision
+	node   *Driver // that had the VM when that was planned
 	change string
 
 	mu     sync.Mutex
@@ -277,9 +278,14 @@ func (d *disk) Changed(ctx context.Context, within extent.Extent) (out extent.Se
 // ask asks the host what changed from off on, and keeps the answer. It asks for
 // less where the answer would be too long.
 func (d *disk) ask(ctx context.Context, off int64) error {
+	// What a node knows of the tracking of a VM that another one lost, nobody
+	// says: it is not believed, here as little as in the next backup.
+	if now := d.b.at(); now != d.node {
+		return fmt.Errorf("the VM moved from %s to %s while it was read", d.node.called(), now.called())
+	}
 	for tries := 0; ; {
 		n := min(d.window.bytes, d.info.SizeBytes-off)
-		changed, ranges, done, err := d.b.at().changes(ctx, d.info.Source, d.plan.since, off, n)
+		changed, ranges, done, err := d.node.changes(ctx, d.info.Source, d.plan.since, off, n)
 		var cut *wsman.ConnectionError
 		switch {
 		case err == nil:
@@ -292,7 +298,7 @@ func (d *disk) ask(ctx context.Context, off int64) error {
 		case (errors.As(err, &cut) || errors.Is(err, wsman.ErrBusy)) && tries < 3:
 			// It only reads, and may be asked again.
 			tries++
-			if err := sleep(ctx, d.b.at().poll); err != nil {
+			if err := sleep(ctx, d.node.poll); err != nil {
 				return err
 			}
 		default:
