@@ -124,6 +124,7 @@ func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, what 
 		a.log().Debug("record", "step", name)
 	}
 	version, err := d.Survey(ctx, s.vm, step)
+	absent := errors.Is(err, fault.ErrNotFound) && s.vm != "" // what is not found later on is another thing
 	if err == nil && what.cycle {
 		err = d.Rehearse(ctx, s.vm, step)
 	}
@@ -134,11 +135,14 @@ func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, what 
 			a.say("%s", text)
 		}
 	}
+	if errors.As(err, new(*hyperv.LeftError)) {
+		err = withHint(err, "what it does not say stays is taken away by the next recording, backup or restore of that host")
+	}
 	failed := err
 	switch {
 	case errors.Is(failed, errNotAgreed):
 		return failed
-	case errors.Is(failed, fault.ErrNotFound) && s.vm != "":
+	case absent:
 		return withHint(failed, `run "backstay vm list %s" to see which VMs it has`, s.host)
 	case failed != nil && (ctx.Err() != nil || !r.Answered()):
 		return failed
@@ -161,18 +165,22 @@ func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, what 
 
 // agree says what will be made on a host, and asks whether it may be.
 func (a *app) agree(ctx context.Context, p hyperv.RestorePlan, yes bool) error {
-	a.say("on the host %s: these are made, and taken away again; %s is not changed, and nothing is started or connected to a network", p.Host, p.VM)
-	a.say("  VM %s, by a description, with an empty disk of %s that is swapped for another", p.Defined, sizeText(p.DiskBytes))
+	say := a.say
+	if !yes { // nobody agrees to what he has not read
+		say = func(format string, args ...any) { fmt.Fprintf(a.stderr, format+"\n", args...) }
+	}
+	say("on the host %s: these are made, and taken away again; %s is not changed, and nothing is started or connected to a network", p.Host, p.VM)
+	say("  VM %s, by a description, with an empty disk of %s that is swapped for another", p.Defined, sizeText(p.DiskBytes))
 	if p.Imported != "" {
 		disks := fmt.Sprintf("%d empty disks", p.Disks)
 		if p.Disks == 1 {
 			disks = "1 empty disk"
 		}
-		a.say("  VM %s, imported of a copy of the definition of %s, with %s of %s", p.Imported, p.VM, disks, sizeText(p.DiskBytes))
+		say("  VM %s, imported of a copy of the definition of %s, with %s of %s", p.Imported, p.VM, disks, sizeText(p.DiskBytes))
 	} else {
-		a.say("  no VM is imported: %v", p.NoImport)
+		say("  no VM is imported: %v", p.NoImport)
 	}
-	a.say("  for each a folder of its own, in the first of these that is there: %s", strings.Join(p.Folders, ", "))
+	say("  for each a folder of its own, in the first of these that is there: %s", strings.Join(p.Folders, ", "))
 	if yes {
 		return nil
 	}

@@ -80,7 +80,7 @@ func (d *Driver) RehearseRestore(ctx context.Context, name string, agree func(Re
 		return r.out, err
 	}
 	err = r.make(ctx, r.defined(), r.define)
-	if unanswered(err) || errors.As(err, new(*leftError)) || r.plan.Imported == "" {
+	if unanswered(err) || errors.As(err, new(*LeftError)) || r.plan.Imported == "" {
 		return r.out, err
 	}
 	step(StepImport)
@@ -157,14 +157,14 @@ func (r *restoring) imported() NewVMOptions {
 	return o
 }
 
-// A leftError says that something of a rehearsal is still on the host.
-type leftError struct{ err error }
+// A LeftError says that something of a rehearsal is still on the host.
+type LeftError struct{ err error }
 
-func (e *leftError) Error() string {
-	return fmt.Sprintf("left on the host: %v; record again to clean up", e.err)
+func (e *LeftError) Error() string {
+	return fmt.Sprintf("left on the host: %v", e.err)
 }
 
-func (e *leftError) Unwrap() error { return e.err }
+func (e *LeftError) Unwrap() error { return e.err }
 
 // make makes a VM, has do what is to be seen of it, and takes it away.
 func (r *restoring) make(ctx context.Context, o NewVMOptions, do func(context.Context, *making) error) (err error) {
@@ -190,7 +190,7 @@ func (r *restoring) make(ctx context.Context, o NewVMOptions, do func(context.Co
 	}
 	defer func() {
 		if e := m.Abort(ctx); e != nil {
-			err = errors.Join(err, &leftError{e})
+			err = errors.Join(err, &LeftError{e})
 		}
 	}()
 	need := map[vm.DiskID]int64{spareDisk: rehearsedFile}
