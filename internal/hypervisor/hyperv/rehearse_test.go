@@ -117,6 +117,21 @@ func TestRehearseRestoreRefused(t *testing.T) {
 	}
 }
 
+// A host that gives what it imports the identity of the VM that was named: then
+// whatever is said of the one is said of the other, and so nothing is.
+func TestRehearseRestoreTwins(t *testing.T) {
+	l := newRestoreLab(t)
+	before := l.picture()
+	l.host.SetTrouble(func(x *host.Trouble) { x.KeepIdentity = true })
+	r, _, err := l.rehearse(t.Context())
+	if err != nil || !strings.Contains(strings.Join(r.Said, "\n"), "has the identity of VM \"web01\"") {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if after := l.picture(); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
 // definition does something to the file of the VM's definition.
 func (l *restoreLab) definition(do func(string) error) {
 	l.t.Helper()

@@ -187,6 +187,15 @@ func (m *making) planSystem(ctx context.Context, file string) (planned wsman.Ref
 		return planned, err
 	}
 	planned = m.sys.ref
+	// Settings are known by their VM's GUID alone: of two that share it, the one
+	// that is whole might be changed, and be destroyed in the end.
+	_, live, err := m.d.systems(ctx)
+	if err != nil {
+		return planned, err
+	}
+	if i := slices.IndexFunc(live, func(s system) bool { return s.guid == m.sys.guid }); i >= 0 {
+		return planned, fmt.Errorf("%w: what the host made of it has the identity of VM %q", errImport, live[i].name)
+	}
 	m.now, err = m.d.state(ctx, m.sys, typePlanned)
 	return planned, err
 }

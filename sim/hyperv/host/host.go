@@ -70,6 +70,9 @@ type Trouble struct {
 	Downgrade bool
 	// KeepAddresses takes new MAC addresses and leaves the old ones.
 	KeepAddresses bool
+	// KeepIdentity imports a definition under the GUID that it has, although a
+	// new one is asked for, and although a VM has it.
+	KeepIdentity bool
 	// SlowJobs takes so much longer for every job.
 	SlowJobs time.Duration
 }

@@ -52,7 +52,8 @@ func (h *Host) importSystem(args results) (results, uint32) {
 	if h.definitionInUse(file) {
 		return nil, codeInUse
 	}
-	fresh := args["GenerateNewSystemIdentifier"].String() == "true"
+	keep := h.trouble.KeepIdentity
+	fresh := args["GenerateNewSystemIdentifier"].String() == "true" && !keep
 	return h.start(nil, "ImportSystemDefinition", func() ([]affected, error) {
 		c, err := h.readDefinition(file)
 		if err != nil {
@@ -62,7 +63,7 @@ func (h *Host) importSystem(args results) (results, uint32) {
 		if fresh || id == "" {
 			id = newGUID()
 		}
-		if slices.ContainsFunc(h.vms, func(v *vm) bool { return strings.EqualFold(v.id, id) }) {
+		if !keep && slices.ContainsFunc(h.vms, func(v *vm) bool { return strings.EqualFold(v.id, id) }) {
 			return nil, problem{text: "The operation failed because a virtual machine with the same identifier already exists. Select a new identifier and try the operation again."}
 		}
 		v := &vm{id: id, planned: true, from: file, guest: guestOf(Spec{}), state: stateOff, changed: h.stamp(), moments: map[string]map[string]int{}, config: c.copy(id)}
