@@ -49,6 +49,9 @@ func redefine(o DefineOptions, nvram string) (x *libvirtxml.Domain, dropped []st
 		dropped = append(dropped, "a device of the host, which another VM may be using")
 	}
 	x.Devices.Hostdevs = nil
+	if len(x.Devices.TPMs) > 0 {
+		dropped = append(dropped, "what the old VM's TPM holds: a guest that keeps its key there (BitLocker) asks for its recovery key")
+	}
 	for i := range x.Devices.Interfaces {
 		n := &x.Devices.Interfaces[i]
 		n.Target = nil

@@ -165,6 +165,7 @@ const manyDisks = `<domain type='kvm' id='3'><name>old</name><uuid>11111111-2222
 <hostdev mode='subsystem' type='usb'><source><vendor id='0x1'/><product id='0x2'/></source></hostdev>
 <interface type='network'><mac address='52:54:00:00:00:01'/><source network='default'/><target dev='vnet3'/></interface>
 <channel type='unix'><source mode='bind' path='/run/libvirt/qemu/channel/3-old/agent'/><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel>
+<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>
 </devices>
 <seclabel type='dynamic' model='dac' relabel='yes'><label>+64055:+107</label></seclabel></domain>`
 
@@ -224,7 +225,7 @@ func TestRedefine(t *testing.T) {
 			t.Errorf("%q is missing:\n%s", kept, text)
 		}
 	}
-	if len(dropped) != 8 {
+	if len(dropped) != 9 || !strings.Contains(strings.Join(dropped, "\n"), "TPM holds") {
 		t.Errorf("dropped %d: %q", len(dropped), dropped)
 	}
 	o.KeepMACs = true
