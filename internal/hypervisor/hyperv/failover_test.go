@@ -19,6 +19,7 @@ import (
 	"github.com/backstay/backstay/internal/blob/mem"
 	"github.com/backstay/backstay/internal/extent"
 	"github.com/backstay/backstay/internal/hypervisor"
+	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/image/imagetest"
 	"github.com/backstay/backstay/internal/repo"
 	"github.com/backstay/backstay/internal/secret"
@@ -229,6 +230,34 @@ func TestNodeGoesDownWhileItIsRead(t *testing.T) {
 			mustAbort(t, s)
 			l.wantLeft(1)
 		})
+	}
+}
+
+// A closing is a file that somebody closes while it is read.
+type closing struct {
+	image.File
+	close func()
+}
+
+func (f closing) ReadAt([]byte, int64) (int, error) {
+	f.close()
+	return 0, os.ErrClosed
+}
+
+// Whoever reads a file that another reader moves meanwhile reads on in the new
+// one, whatever the old one says for being closed.
+func TestMovedUnderAReader(t *testing.T) {
+	m := &movable{}
+	m.f = closing{close: func() {
+		m.f, m.turn = imagetest.Bytes("new", []byte("data")), 1
+	}}
+	got := make([]byte, 4)
+	if n, err := m.ReadAt(got, 0); n != 4 || err != nil && err != io.EOF || string(got) != "data" {
+		t.Errorf("%q, %v", got[:n], err)
+	}
+	m.f = closing{close: func() {}}
+	if _, err := m.ReadAt(got, 0); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("nobody moved it: %v", err)
 	}
 }
 

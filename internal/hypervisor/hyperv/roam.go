@@ -255,7 +255,13 @@ func (m *movable) ReadAt(p []byte, off int64) (int, error) {
 	for try := 1; ; try++ {
 		f, _, turn := m.now()
 		n, err := f.ReadAt(p, off)
-		if err == nil || err == io.EOF || try == mostRoams || !strayed(err) {
+		if err == nil || err == io.EOF || try == mostRoams {
+			return n, err
+		}
+		if _, _, now := m.now(); now != turn {
+			continue // another reader moved it, which closes f
+		}
+		if !strayed(err) {
 			return n, err
 		}
 		if err := m.move(turn, err); err != nil {
