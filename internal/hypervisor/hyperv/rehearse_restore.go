@@ -111,6 +111,10 @@ func (r *restoring) look(ctx context.Context) (err error) {
 		r.files[f.Name] = f.Data
 	}
 	switch _, has := definitionFile(r.files); {
+	case r.sys.state != stateOff && r.sys.state != stateRunning:
+		// What it has in memory is among its files; and a copy that is not off
+		// is nobody's to take away once this run is dead.
+		r.plan.NoImport = fmt.Errorf("it is %s", stateName(r.sys.state))
 	case err != nil:
 		r.plan.NoImport = err
 	case !has:

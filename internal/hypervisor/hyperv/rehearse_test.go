@@ -99,6 +99,7 @@ func TestRehearseRestoreRefused(t *testing.T) {
 	}{
 		"a damaged definition":      {func(l *restoreLab) { l.definition(func(file string) error { return os.Truncate(file, 100) }) }, []string{StepRestore, StepImport}, "does not take the definition", false},
 		"a definition that is gone": {func(l *restoreLab) { l.definition(os.Remove) }, []string{StepRestore}, "", false},
+		"what was saved":            {func(l *restoreLab) { l.saved() }, []string{StepRestore}, "", false},
 		"RealizePlannedSystem":      {fail("RealizePlannedSystem"), []string{StepRestore, StepImport}, "does not take the definition", false},
 		"DefineSystem":              {fail("DefineSystem"), []string{StepRestore, StepImport}, "", true},
 	} {
@@ -129,6 +130,21 @@ func TestRehearseRestoreTwins(t *testing.T) {
 	}
 	if after := l.picture(); after != before {
 		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// saved saves the VM.
+func (l *restoreLab) saved() {
+	l.t.Helper()
+	d := l.driver()
+	_, list, err := d.systems(l.t.Context())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, state := range []int64{stateRunning, stateSaved} {
+		if err := d.setState(l.t.Context(), list[0], state); err != nil {
+			l.t.Fatal(err)
+		}
 	}
 }
 
