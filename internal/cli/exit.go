@@ -131,6 +131,8 @@ func hints(err error, cmd *cobra.Command) []string {
 		out = append(out, `"backstay point unprotect" lets it go; "backstay point delete --force" deletes it as it is`)
 	case errors.As(err, new(*repo.GoingError)):
 		out = append(out, `no delete or prune that begins from now on takes it; see with "backstay point list" whether it is still there, and if none is running any more, say "backstay point protect --force"`)
+	case errors.Is(err, hypervisor.ErrLeft):
+		out = append(out, "the next backup of that VM, or restore to that host, takes away what is left there, once the host answers")
 	case errors.Is(err, context.Canceled):
 		out = append(out, "nothing half-made is left; run the same command again")
 	case errors.Is(err, fault.ErrCorrupt) && cmd != nil && cmd.CommandPath() == "backstay repo check":

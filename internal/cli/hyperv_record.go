@@ -90,7 +90,7 @@ type record struct {
 }
 
 // errNotAgreed says that the host's owner did not agree to what is made there.
-var errNotAgreed = errors.New("nobody agreed to what is made on the host, and nothing was")
+var errNotAgreed = errors.New("nobody agreed to what a restore makes on the host, and it was not made")
 
 func (a *app) recordHyperV(ctx context.Context, s source, o driverOptions, what record) (err error) {
 	out := what.out

@@ -126,6 +126,10 @@ type DeepDisk interface {
 // restore point without one would restore nothing, and look like protection.
 var ErrNoDisk = errors.New("no disk is left to back up")
 
+// ErrLeft says that what failed left something on the host that could not be
+// taken away yet. The journal has it, for the next run.
+var ErrLeft = errors.New("left for the next run to clean up")
+
 // ErrTrackingLost says that the hypervisor can't tell what changed.
 var ErrTrackingLost = errors.New("change tracking was lost")
 

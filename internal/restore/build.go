@@ -57,7 +57,7 @@ func Build(ctx context.Context, r Repository, p *point.RestorePoint, b hyperviso
 	res, err := builds(ctx, r, p, b, o)
 	if err != nil {
 		if e := b.Abort(ctx); e != nil {
-			err = fmt.Errorf("%w; left for the next run to clean up: %w", err, e)
+			err = fmt.Errorf("%w; %w: %w", err, hypervisor.ErrLeft, e)
 		}
 		return PointResult{}, fmt.Errorf("restore %s: %w", p.Ref(), err)
 	}

@@ -128,7 +128,7 @@ func (at sighting) begin(ctx context.Context, name string, o hypervisor.Options,
 		moved = ctx.Err() == nil && b.follow(ctx, at.d, err)
 		if e := b.undo(ctx); e != nil {
 			moved = false
-			err = fmt.Errorf("%w; left for the next run to clean up: %w", err, e)
+			err = fmt.Errorf("%w; %w: %w", err, hypervisor.ErrLeft, e)
 		}
 		b.close()
 		return nil, moved, err

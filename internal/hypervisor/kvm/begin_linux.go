@@ -101,7 +101,7 @@ func (d *Driver) Begin(ctx context.Context, name string, o hypervisor.Options) (
 			}
 			undoing, cancel := withTimeout(ctx, endTimeout)
 			if _, e := dom.undo(undoing, b.run, keep); e != nil {
-				err = fmt.Errorf("%w; left for the next run to clean up: %w", err, e)
+				err = fmt.Errorf("%w; %w: %w", err, hypervisor.ErrLeft, e)
 			}
 			cancel()
 			b.run.Close()
