@@ -23,6 +23,7 @@ type Driver interface {
 
 	// Begin takes a snapshot of the named VM. Whatever it makes on the host is
 	// journaled before it is made. After an error nothing is left on the host.
+	// Once ctx is over the Session may refuse to be read; it can be ended still.
 	// Errors: fault.ErrNotFound, fault.ErrLocked, fault.ErrConsistency.
 	Begin(ctx context.Context, name string, o Options) (Session, error)
 

@@ -32,10 +32,10 @@ var ErrHostSpace = errors.New("too little space on the host")
 
 // A beginning is a session while it is being made.
 type beginning struct {
-	where    sync.Mutex // of d and warnings
-	d        *Driver    // of the host that has the VM; changed by follow alone
-	moving   sync.Mutex // held by follow
-	roam     *roamer    // reads the VM's files
+	where    sync.Mutex    // of d and warnings
+	d        *Driver       // of the host that has the VM; changed by follow alone
+	moving   chan struct{} // has something while follow looks
+	roam     *roamer       // reads the VM's files
 	o        hypervisor.Options
 	prefix   string
 	host     string // as it calls itself
@@ -47,8 +47,9 @@ type beginning struct {
 	unsaved  []string        // what of the VM's storage is not in the restore point
 	named    map[string]bool // runs that the previous restore point rests on
 	release  func()
-	life     context.Context // of the session
-	end      context.CancelFunc
+	life     context.Context    // of the session
+	reading  context.Context    // ends with Begin's, too: who cleans up needs no more of it
+	end      context.CancelFunc // ends both
 	warnings []string
 
 	machine vm.Machine
@@ -107,7 +108,7 @@ func (at sighting) begin(ctx context.Context, name string, o hypervisor.Options,
 	if err != nil {
 		return nil, false, err
 	}
-	b := &beginning{d: at.d, o: o, prefix: prefix, host: at.host, sys: at.sys, lock: l, named: map[string]bool{}, release: func() {}, machine: at.d.describe(at.host, at.sys)}
+	b := &beginning{d: at.d, o: o, prefix: prefix, host: at.host, sys: at.sys, lock: l, named: map[string]bool{}, release: func() {}, moving: make(chan struct{}, 1), machine: at.d.describe(at.host, at.sys)}
 	if at.unseen != nil {
 		b.warn("this restore point is of VM %s; another one called %q may be where nobody could look, so name the one that is meant by its GUID: %v", at.sys.guid, at.sys.name, at.unseen)
 	}
@@ -116,7 +117,13 @@ func (at sighting) begin(ctx context.Context, name string, o hypervisor.Options,
 			b.named[c.Run] = true
 		}
 	}
-	b.life, b.end = context.WithCancel(context.WithoutCancel(ctx))
+	life, end := context.WithCancel(context.WithoutCancel(ctx))
+	reading, stopReading := context.WithCancel(ctx)
+	b.life, b.reading = life, reading
+	b.end = func() {
+		stopReading()
+		end()
+	}
 	// What is opened now is read after ctx is over.
 	stop := context.AfterFunc(ctx, b.end)
 	s, err = b.session(ctx, at.list)

@@ -247,7 +247,7 @@ func (f closing) ReadAt([]byte, int64) (int, error) {
 // Whoever reads a file that another reader moves meanwhile reads on in the new
 // one, whatever the old one says for being closed.
 func TestMovedUnderAReader(t *testing.T) {
-	m := &movable{}
+	m := &movable{r: &roamer{b: &beginning{reading: t.Context()}}}
 	m.f = closing{close: func() {
 		m.f, m.turn = imagetest.Bytes("new", []byte("data")), 1
 	}}

@@ -15,10 +15,15 @@ const seekTime = 30 * time.Second
 
 // follow looks whether another node of the cluster has the VM by now, which may
 // be why something failed on from. If so, the session speaks to that from then
-// on. If from does not answer, it waits for the cluster to start the VM anew.
+// on. If from does not answer, it waits for the cluster to start the VM anew, or
+// until ctx ends.
 func (b *beginning) follow(ctx context.Context, from *Driver, why error) bool {
-	b.moving.Lock()
-	defer b.moving.Unlock()
+	select {
+	case b.moving <- struct{}{}:
+	case <-ctx.Done():
+		return false
+	}
+	defer func() { <-b.moving }()
 	if b.at() != from {
 		return true // somebody followed meanwhile
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/backstay/backstay/internal/fault"
@@ -22,7 +23,7 @@ const (
 	// is tried, and roamTime how long they all are.
 	nodeOutage = 5 * time.Second
 	roamTime   = 2 * time.Minute
-	// openTime is for opening a file through one node.
+	// openTime is for opening a file through one node, and seeing which it is.
 	openTime = 20 * time.Second
 )
 
@@ -44,8 +45,8 @@ type roamer struct {
 	home *Driver       // whose files those are
 	gone chan struct{} // closed when a node went away
 
-	mu     sync.Mutex // held while a node is looked for
-	via    *Driver    // through which files are read
+	via    atomic.Pointer[Driver] // through which files are read; changed by settle alone
+	mu     sync.Mutex             // held while a node is looked for
 	denied map[*Driver]bool
 
 	kept   sync.Mutex // of opened
@@ -53,7 +54,18 @@ type roamer struct {
 }
 
 func newRoamer(b *beginning) *roamer {
-	return &roamer{files: b.d.files, b: b, home: b.d, via: b.d, gone: make(chan struct{}), denied: map[*Driver]bool{}}
+	r := &roamer{files: b.d.files, b: b, home: b.d, gone: make(chan struct{}), denied: map[*Driver]bool{}}
+	r.via.Store(b.d)
+	return r
+}
+
+// serving is the Driver of the node by which a file of the VM can be reached, as
+// far as is known.
+func (r *roamer) serving(file string) *Driver {
+	if isShared(volumeOf(file)) {
+		return r.via.Load()
+	}
+	return r.home
 }
 
 // went says whether a node went away.
@@ -73,8 +85,8 @@ func (r *roamer) open(ctx context.Context, name string) (image.File, error) {
 	}
 	m := &movable{r: r, name: name, f: f, at: r.home}
 	impatient(f, r.home)
-	if m.like, err = look(f); err != nil {
-		f.Close()
+	if m.like, err = look(ctx, f); err != nil {
+		go f.Close() // its host may not answer
 		return nil, &FilesError{err}
 	}
 	r.kept.Lock()
@@ -130,18 +142,28 @@ func (r *roamer) nodes(ctx context.Context, from *Driver) (out []*Driver) {
 	return append(out, from)
 }
 
-// reach opens a file again that can't be read through the node from any more.
+// reach opens a file again that can't be read through the node from any more,
+// or that is another one there. It ends with the run.
 func (r *roamer) reach(m *movable, from *Driver, why error) (f image.File, at *Driver, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	ctx := r.b.life
-	list := []*Driver{r.via} // where others of the files are read by now
-	if r.via == from {
+	ctx := r.b.reading
+	list := []*Driver{r.via.Load()} // where others of the files are read by now
+	if list[0] == from {
 		list = r.nodes(ctx, from)
 	}
-	for began := time.Now(); ; list = r.nodes(ctx, from) {
+	until := time.Now().Add(from.roamTime)
+	for again := false; ; again = true {
+		if again {
+			limited, cancel := context.WithDeadline(ctx, until)
+			list = r.nodes(limited, from)
+			cancel()
+		}
 		tried := []error{why}
 		for _, d := range list {
+			if again && time.Now().After(until) {
+				break // each was tried at least once
+			}
 			if r.denied[d] { // again and again, and an account is locked
 				tried = append(tried, &NodeError{d.called(), fault.ErrDenied})
 				continue
@@ -159,7 +181,7 @@ func (r *roamer) reach(m *movable, from *Driver, why error) (f image.File, at *D
 			r.denied[d] = errors.Is(err, fault.ErrDenied)
 			tried = append(tried, &NodeError{d.called(), err})
 		}
-		if time.Since(began) > from.roamTime {
+		if time.Now().After(until) {
 			return nil, nil, &hypervisor.RetryError{Err: oneError(tried)}
 		}
 		if err := sleep(ctx, from.poll); err != nil {
@@ -170,10 +192,10 @@ func (r *roamer) reach(m *movable, from *Driver, why error) (f image.File, at *D
 
 // settle notes that files are read through another node, once for each.
 func (r *roamer) settle(to, from *Driver, why error) {
-	if to == r.via {
+	if to == r.via.Load() {
 		return
 	}
-	r.via = to
+	r.via.Store(to)
 	r.b.warn("node %s went away while the VM's files were read through it, and they were read on through %s: %v", from.called(), to.called(), why)
 	if !r.went() {
 		close(r.gone)
@@ -204,7 +226,7 @@ const (
 	tailBytes = 512
 )
 
-func look(f image.File) (l likeness, err error) {
+func look(ctx context.Context, f image.File) (l likeness, err error) {
 	if f, ok := f.(interface{ Info() smb.Info }); ok {
 		l.written = f.Info().Written.UnixNano()
 	}
@@ -212,12 +234,22 @@ func look(f image.File) (l likeness, err error) {
 	head := make([]byte, min(headBytes, l.bytes))
 	tail := make([]byte, min(tailBytes, l.bytes))
 	for off, p := range map[int64][]byte{0: head, l.bytes - int64(len(tail)): tail} {
-		if n, err := f.ReadAt(p, off); n < len(p) {
+		if n, err := readUntil(ctx, f, p, off); n < len(p) {
 			return l, err
 		}
 	}
 	l.ends = sha256.Sum256(append(head, tail...))
 	return l, nil
+}
+
+// readUntil is f.ReadAt that ends with ctx, where f can do that.
+func readUntil(ctx context.Context, f image.File, p []byte, off int64) (int, error) {
+	if f, ok := f.(interface {
+		ReadAtContext(context.Context, []byte, int64) (int, error)
+	}); ok {
+		return f.ReadAtContext(ctx, p, off)
+	}
+	return f.ReadAt(p, off)
 }
 
 // A movable is a file that is read through whichever node serves it.
@@ -252,11 +284,15 @@ func (m *movable) Identity() string {
 }
 
 func (m *movable) ReadAt(p []byte, off int64) (int, error) {
+	ctx := m.r.b.reading
 	for try := 1; ; try++ {
 		f, _, turn := m.now()
-		n, err := f.ReadAt(p, off)
+		n, err := readUntil(ctx, f, p, off)
 		if err == nil || err == io.EOF || try == mostRoams {
 			return n, err
+		}
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
 		}
 		if _, _, now := m.now(); now != turn {
 			continue // another reader moved it, which closes f
@@ -272,9 +308,11 @@ func (m *movable) ReadAt(p []byte, off int64) (int, error) {
 
 // strayed says whether a file that was there may be reached by another node yet:
 // its node is lost, or answers and has the volume no more, as one whose cluster
-// service was stopped.
+// service was stopped; or, where the address is the cluster's own, leads to
+// another node by now, which may number its files otherwise. A file that is
+// really another does not have the same likeness.
 func strayed(err error) bool {
-	return errors.Is(err, smb.ErrLost) || errors.Is(err, fault.ErrNotFound)
+	return errors.Is(err, smb.ErrLost) || errors.Is(err, fault.ErrNotFound) || errors.Is(err, smb.ErrChanged)
 }
 
 // move opens the file through another node, unless somebody did since turn.
@@ -306,20 +344,28 @@ func (m *movable) reopen(ctx context.Context, d *Driver) (image.File, error) {
 		return nil, err
 	}
 	impatient(f, d)
-	like, err := look(f)
+	like, err := look(limited, f)
 	if err == nil && like != m.like {
 		err = fmt.Errorf("%s: %w", m.name, smb.ErrChanged)
 	}
 	if err != nil {
-		f.Close()
+		go f.Close() // its host may not answer
 		return nil, err
 	}
 	return f, nil
 }
 
+// Close does not wait for a host that went silent.
 func (m *movable) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.closed = true
-	return m.f.Close()
+	f, done := m.f, make(chan error, 1)
+	go func() { done <- f.Close() }()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(m.at.nodeOutage):
+		return nil // nothing was written, so nothing can be lost
+	}
 }

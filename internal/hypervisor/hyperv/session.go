@@ -289,6 +289,9 @@ func (d *disk) ask(ctx context.Context, off int64) error {
 		var cut *wsman.ConnectionError
 		switch {
 		case err == nil:
+			if err := d.b.stillThere(ctx, d.node); err != nil {
+				return err
+			}
 			d.known, d.answer = extent.Extent{Off: off, Len: done}, changed
 			d.window.answered(done, ranges)
 			return nil
@@ -305,6 +308,20 @@ func (d *disk) ask(ctx context.Context, off int64) error {
 			return err
 		}
 	}
+}
+
+// stillThere fails if the address of a cluster's node, which may be the cluster's
+// own name, leads to another node than when the backup began: what that one said
+// is not believed either.
+func (b *beginning) stillThere(ctx context.Context, d *Driver) error {
+	if len(d.cluster.known()) < 2 {
+		return nil
+	}
+	host, _, err := d.systems(ctx)
+	if err == nil && host != b.host {
+		err = fmt.Errorf("%s leads to %s by now, and led to %s when the backup began", d.hostKey(), host, b.host)
+	}
+	return err
 }
 
 // changes asks which of n bytes of a file's disk from off on were written since

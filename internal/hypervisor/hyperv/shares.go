@@ -4,7 +4,6 @@ import (
 	"context"
 	"net"
 	"strconv"
-	"sync"
 
 	"github.com/backstay/backstay/internal/image"
 	"github.com/backstay/backstay/internal/secret"
@@ -18,12 +17,12 @@ type shareFiles struct {
 	target smb.Target
 	shares *smb.Shares
 
-	mu     sync.Mutex
+	lock   chan struct{} // has something while client is used or made
 	client *smb.Client
 }
 
 func newShareFiles(a address, password secret.Bytes) (*shareFiles, error) {
-	f := &shareFiles{target: smb.Target{User: a.user, Password: password}}
+	f := &shareFiles{target: smb.Target{User: a.user, Password: password}, lock: make(chan struct{}, 1)}
 	return f, f.set(a)
 }
 
@@ -51,8 +50,12 @@ func (f *shareFiles) named(o Options, name string) error {
 }
 
 func (f *shareFiles) connect(ctx context.Context) (*smb.Client, error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	select {
+	case f.lock <- struct{}{}:
+	case <-ctx.Done():
+		return nil, &FilesError{context.Cause(ctx)}
+	}
+	defer func() { <-f.lock }()
 	if f.client == nil {
 		c, err := smb.Dial(ctx, f.target)
 		if err != nil {
@@ -178,8 +181,8 @@ func (f *shareFiles) room(ctx context.Context, folder string, bytes int64) error
 }
 
 func (f *shareFiles) close() error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+	f.lock <- struct{}{}
+	defer func() { <-f.lock }()
 	if f.client == nil {
 		return nil
 	}

@@ -19,9 +19,9 @@ const abortMergeWait = 20 * time.Second
 // ErrDelta says that the guest wrote more while it was backed up than allowed.
 var ErrDelta = errors.New("the guest wrote more than --max-delta allows while it was backed up")
 
-// watch looks after the host's space while the session lasts.
+// watch looks after the host's space as long as the VM is read.
 func (s *session) watch() {
-	ctx, cancel := context.WithCancel(s.life)
+	ctx, cancel := context.WithCancel(s.reading)
 	s.watching, s.watched = cancel, make(chan struct{})
 	var both sync.WaitGroup
 	both.Go(func() { s.accompany(ctx) })
@@ -53,21 +53,36 @@ func (s *session) accompany(ctx context.Context) {
 	}
 }
 
-// checkDelta looks once. What the host doesn't tell is no reason to end.
+// checkDelta looks once, through the node by which the VM's files are read now.
+// What the host doesn't tell is no reason to end.
 func (s *session) checkDelta(ctx context.Context) error {
 	var sum int64
 	for _, file := range s.deltas {
-		if n, err := s.at().files.size(ctx, file); err == nil {
-			sum += n
-		}
-		if err := s.at().checkSpace(ctx, file); err != nil && ctx.Err() == nil {
+		n, err := s.checkFile(ctx, file)
+		if err != nil {
 			return err
 		}
+		sum += n
 	}
 	if s.o.ScratchLimit > 0 && sum > s.o.ScratchLimit {
 		return fmt.Errorf("%w: %d bytes of %d", ErrDelta, sum, s.o.ScratchLimit)
 	}
 	return nil
+}
+
+// checkFile looks at one delta, and gives its size, 0 where that is not known. A
+// node that falls silent is not waited for: another one may serve the next look.
+func (s *session) checkFile(ctx context.Context, file string) (bytes int64, err error) {
+	d := s.roam.serving(file)
+	limited, cancel := context.WithTimeout(ctx, d.openTime)
+	defer cancel()
+	if n, err := d.files.size(limited, file); err == nil {
+		bytes = n
+	}
+	if err := d.checkSpace(limited, file); err != nil && ctx.Err() == nil {
+		return 0, err
+	}
+	return bytes, nil
 }
 
 // waitMerge waits until none of the VM's disks is in one of the files that a
