@@ -46,6 +46,7 @@ type restoreLab struct {
 	word string   // instead of at: the first request for it
 	late bool     // the host does it, and its answer is lost
 	trip func()   // instead of an error: called before that request
+	then func()   // called once something broke, to break more; has mu
 	log  []string // what was asked
 	dies bool     // after what breaks, all does: the program was killed
 	dead bool
@@ -102,6 +103,10 @@ func (l *restoreLab) broken(what string) (do bool, err error) {
 		return true, nil
 	}
 	l.word = ""
+	if then := l.then; then != nil {
+		l.then = nil
+		defer then()
+	}
 	if l.dies {
 		l.dead = true
 		return false, errKilled
@@ -789,6 +794,42 @@ func TestImportUndone(t *testing.T) {
 		_, err := l.restored(ctx, o)
 		return err
 	}, func() { l.takeAway("web02") })
+}
+
+// A host that was told to make a VM of what was imported may do so at any moment,
+// also between two looks of who takes it back.
+func TestRealizedWhileItIsTakenBack(t *testing.T) {
+	l := newRestoreLab(t)
+	o := l.imported("web02")
+	before := l.picture()
+	realized := 0
+	l.arm(0, false, nil)
+	l.word = "RealizePlannedSystem"
+	l.then = func() {
+		l.word = "SELECT * FROM " + classPlanned
+		l.trip = func() {
+			d := newDriver(l.wmi, simFiles{l.host}, Options{Host: &url.URL{Scheme: "hyperv", Host: "hv01"}, StateDir: l.state})
+			list, err := d.planned(t.Context())
+			if err != nil {
+				t.Error(err)
+			}
+			for _, s := range list {
+				if _, err := d.manage(t.Context(), "RealizePlannedSystem", wsman.Arg("PlannedSystem", wsman.Of(s.ref))); err != nil {
+					t.Error(err)
+				}
+				realized++
+			}
+		}
+	}
+	if _, err := l.restored(t.Context(), o); err == nil {
+		t.Fatal("it was restored without an answer")
+	}
+	if realized != 1 {
+		t.Fatalf("%d realized", realized)
+	}
+	if after := l.picture(); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
 }
 
 // replaced gives web01 other disks as a restore over the original does.

@@ -107,13 +107,8 @@ func (d *Driver) destroyNew(ctx context.Context, e journal.Entry) error {
 		}
 	}
 	for until := time.Now().Add(d.lookTime); ; {
-		_, list, err := d.systems(ctx)
-		if err != nil {
+		if found, err := d.destroyFound(ctx, e); found || err != nil {
 			return err
-		}
-		i := slices.IndexFunc(list, func(s system) bool { return s.guid == e.Data[dataID] || s.name == e.Name })
-		if i >= 0 {
-			return d.destroySystem(ctx, list[i].ref)
 		}
 		// Its disks are in use wherever it is by now.
 		if s, node, err := d.onAnotherNode(ctx, e); err != nil {
@@ -122,7 +117,15 @@ func (d *Driver) destroyNew(ctx context.Context, e journal.Entry) error {
 			return fmt.Errorf("VM %q is on node %s by now, and its disks stay", s.name, node)
 		}
 		switch {
-		case e.Data[dataID] != "" || e.Data[dataJob] != "" || e.Data[dataLate] != "":
+		case e.Data[dataID] != "":
+			// While it is only imported the host may make a VM of it yet, and
+			// may have just now: once the import is gone, it won't.
+			if err := d.destroyPlanned(ctx, e); err != nil {
+				return err
+			}
+			_, err := d.destroyFound(ctx, e)
+			return err
+		case e.Data[dataJob] != "" || e.Data[dataLate] != "":
 			return nil
 		case time.Now().After(until):
 			return errMaybeLater
@@ -131,6 +134,19 @@ func (d *Driver) destroyNew(ctx context.Context, e journal.Entry) error {
 			return errMaybeLater
 		}
 	}
+}
+
+// destroyFound destroys the VM that an entry is about, if the host has it.
+func (d *Driver) destroyFound(ctx context.Context, e journal.Entry) (found bool, err error) {
+	_, list, err := d.systems(ctx)
+	if err != nil {
+		return false, err
+	}
+	i := slices.IndexFunc(list, func(s system) bool { return s.guid == e.Data[dataID] || s.name == e.Name })
+	if i < 0 {
+		return false, nil
+	}
+	return true, d.destroySystem(ctx, list[i].ref)
 }
 
 // onAnotherNode is where in its cluster the VM of an entry is, if its host has
