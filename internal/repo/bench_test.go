@@ -11,6 +11,7 @@ import (
 	"github.com/backstay/backstay/internal/blob/mem"
 	"github.com/backstay/backstay/internal/chunk"
 	"github.com/backstay/backstay/internal/extent"
+	"github.com/backstay/backstay/internal/point"
 )
 
 // sink is a store that forgets packs, so that benchmarks measure us.
@@ -72,6 +73,20 @@ func putAll(b *testing.B, w *DiskWriter, data []byte) {
 	}
 }
 
+// benchPoint makes a restore point of a disk that holds data.
+func benchPoint(b *testing.B, r *Repository, data []byte) point.ManifestID {
+	s, w := benchDisk(b, r, data)
+	putAll(b, w, data)
+	m, err := w.Finish(bg)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := s.Commit(bg, newPoint("web01", m, int64(len(data)))); err != nil {
+		b.Fatal(err)
+	}
+	return m
+}
+
 func BenchmarkPutNew(b *testing.B) {
 	data := benchData(b)
 	r := benchRepo(b, sink{mem.New()})
@@ -105,15 +120,7 @@ func BenchmarkPutDuplicate(b *testing.B) {
 func BenchmarkFetch(b *testing.B) {
 	data := benchData(b)
 	r := benchRepo(b, mem.New())
-	s, w := benchDisk(b, r, data)
-	putAll(b, w, data)
-	m, err := w.Finish(bg)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := s.Commit(bg, newPoint("web01", m, int64(len(data)))); err != nil {
-		b.Fatal(err)
-	}
+	m := benchPoint(b, r, data)
 	d, err := r.OpenDisk(bg, m)
 	if err != nil {
 		b.Fatal(err)
@@ -140,15 +147,7 @@ func BenchmarkFetch(b *testing.B) {
 func BenchmarkRefill(b *testing.B) {
 	data := benchData(b)
 	r := benchRepo(b, mem.New())
-	s, w := benchDisk(b, r, data)
-	putAll(b, w, data)
-	m, err := w.Finish(bg)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := s.Commit(bg, newPoint("web01", m, int64(len(data)))); err != nil {
-		b.Fatal(err)
-	}
+	m := benchPoint(b, r, data)
 	const size, part = chunk.DefaultBytes, 64 << 10
 	b.SetBytes(int64(len(data)))
 	b.ReportAllocs()
